@@ -1,0 +1,48 @@
+# make demo: set up, then shards -> training -> evaluation -> a timm folder on real digits.
+# make test: the same environment, then the tests.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint format lock schema clean
+
+demo: $(STAMP)
+	$(BIN)/psn demo
+
+test: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+# renewed when a requirement changes; the package itself is installed editable
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "psn_train needs Python 3.10 or newer; $(PYTHON) is older. Use: make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	  || { echo "no venv: install it (Debian, Ubuntu: apt install python3-venv) and run make again"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	@touch $(STAMP)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# after a change of pyproject.toml's requirements
+lock: $(STAMP)
+	$(BIN)/uv pip compile --quiet --no-header --no-emit-index-url --universal --python-version 3.10 --extra test \
+	  pyproject.toml -o requirements.lock
+
+# after a change of psn_train/recipe/schema.py
+schema: $(STAMP)
+	$(BIN)/psn recipe --schema > recipes/schema.json
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,250 @@
+"""The `psn` command. Each verb is a thin call into its room; torch is imported by those that need it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+
+import psn_train
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit status. Mistakes of the user end in one message and status 2."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, FloatingPointError) as error:
+        if os.environ.get("PSN_TRACEBACK"):
+            raise
+        rank = os.environ.get("RANK")
+        where = f"[rank {rank}] " if rank not in (None, "0") else ""
+        print(f"{where}psn: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="psn", description="Train parallel spiking neurons.")
+    parser.add_argument("--version", action="version", version=f"psn-train {psn_train.__version__}")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def verb(name: str, run, help_text: str, within=verbs) -> argparse.ArgumentParser:
+        made = within.add_parser(name, help=help_text, description=help_text)
+        made.set_defaults(run=run)
+        return made
+
+    demo = verb("demo", _demo, "shards, training, evaluation and publishing on real MNIST digits, in minutes")
+    demo.add_argument("--out", default="runs/demo", help="folder for everything it writes (default: %(default)s)")
+
+    train = verb("train", _train, "train a recipe, going on where its run stopped")
+    train.add_argument("recipe", help="a YAML file, or the name of one that comes with the package")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=0.05")
+
+    evaluate = verb("eval", _eval, "evaluate a run, a checkpoint or a timm folder on shards")
+    evaluate.add_argument("checkpoint", help="a run's folder, a folder step_XXXXXXXX, or a timm folder")
+    evaluate.add_argument("--shards", required=True, help="folder or URL of shards with an index.json")
+    evaluate.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run")
+    evaluate.add_argument(
+        "--weights", choices=("auto", "model", "ema"), default="auto", help="auto: EMA if there is one"
+    )
+    evaluate.add_argument("--batch-size", type=int, default=64)
+    evaluate.add_argument("--workers", type=int, default=2)
+    evaluate.add_argument("--device", help="such as cuda:1; by default a GPU if there is one")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object in place of a table")
+
+    recipe = verb("recipe", _recipe, "print a resolved recipe and every number that follows from it")
+    recipe.add_argument("recipe", nargs="?", help="a YAML file, or the name of one that comes with the package")
+    recipe.add_argument("overrides", nargs="*", metavar="key=value")
+    recipe.add_argument("--devices", type=int, default=None, help="of which the plan speaks (default: 1 and 8)")
+    recipe.add_argument("--json", action="store_true", help="print the resolved recipe as JSON")
+    recipe.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for editors")
+    recipe.add_argument("--list", action="store_true", help="list the recipes that come with the package")
+
+    verb("doctor", _doctor, "versions, devices, backends; what is missing and what to do about it")
+
+    publish = verb("publish", _publish, "write a run's checkpoint as a folder in timm's hub format")
+    publish.add_argument("checkpoint", help="a run's folder or a folder step_XXXXXXXX")
+    publish.add_argument("--to-folder", required=True, metavar="DIR")
+    publish.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run")
+
+    shards = verbs.add_parser("shards", help="write, index and verify webdataset shards")
+    kinds = shards.add_subparsers(title="verbs", required=True, metavar="VERB")
+    images = verb("images", _shards_images, "write shards from images", kinds)
+    images.add_argument(
+        "source",
+        metavar="SRC",
+        help="an ImageFolder tree, the folder of the ILSVRC2012 archives, of CIFAR's python files, or of parquet files",
+    )
+    images.add_argument("out", metavar="OUT", help="each split goes into a folder of its own in here")
+    images.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these (default: all that SRC has)")
+    images.add_argument("--val-labels", help="labels of ILSVRC2012_img_val.tar: text file or development kit")
+    images.add_argument("--num-shards", type=int, help="per split (default: by size, about 140 MB each)")
+    images.add_argument("--max-side", type=int, help="re-encode larger images to this longer side, in pixels")
+    images.add_argument("--quality", type=int, default=92, help="JPEG quality of re-encoded images")
+    images.add_argument("--seed", type=int, default=0, help="of the order of samples in the shards")
+    images.add_argument("--workers", type=int, default=os.cpu_count())
+    images.add_argument("--skip-bad", action="store_true", help="leave unreadable images out; they are listed")
+    images.add_argument("--overwrite", action="store_true", help="replace shards that were made otherwise")
+    index = verb("index", _shards_index, "write an index.json for webdataset shards that have none", kinds)
+    index.add_argument("shards", nargs="+", metavar="SHARD", help="paths, URLs, pipe: commands; braces are expanded")
+    index.add_argument("--to", required=True, metavar="DIR", help="folder for index.json")
+    index.add_argument("--split", default="train")
+    index.add_argument("--classes", help="text file with one class a line")
+    index.add_argument("--workers", type=int, default=os.cpu_count())
+    verify = verb("verify", _shards_verify, "read shards whole, decode every image, compare with the index", kinds)
+    verify.add_argument("folder", metavar="DIR", help="folder or URL with an index.json")
+    verify.add_argument("--workers", type=int, default=os.cpu_count())
+    verify.add_argument("--no-decode", action="store_true", help="hashes and counts only")
+    return parser
+
+
+def _demo(options) -> int:
+    from psn_train.demo import run_demo
+
+    return run_demo(options.out)
+
+
+def _train(options) -> int:
+    from psn_train.recipe import load_recipe, recipe_path
+
+    recipe = load_recipe(recipe_path(options.recipe), options.overrides)
+    from psn_train.training.loop import train
+
+    return train(recipe)
+
+
+def _eval(options) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from psn_train.data.index import load_index
+    from psn_train.publish.hub import evaluate_folder
+
+    total = load_index(options.shards).num_samples
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("evaluating", total=total)
+        result, recipe, _ = evaluate_folder(
+            options.checkpoint,
+            options.shards,
+            prefer=options.which,
+            weights=options.weights,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            device=options.device,
+            on_batch=lambda count: progress.advance(task, count),
+        )
+    if options.json:
+        print(
+            json.dumps(
+                {
+                    "top1": result.top1,
+                    "top5": result.top5,
+                    "loss": result.loss,
+                    "count": result.count,
+                    "firing_rate": result.firing_rate,
+                    "firing": result.firing,
+                    "unreadable": result.bad,
+                }
+            )
+        )
+        return 0
+    table = Table("layer", "firing rate", "dead", "saturated", title=f"{recipe.name} on {options.shards}")
+    for layer, figures in result.firing.items():
+        table.add_row(layer, *(f"{figures[key]:.4f}" for key in ("rate", "dead", "saturated")))
+    Console().print(table)
+    print(f"{result.count} samples: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss {result.loss:.4f}")
+    return 0
+
+
+def _recipe(options) -> int:
+    from psn_train.recipe import load_recipe, packaged_recipes, recipe_path, recipe_schema
+
+    if options.schema:
+        print(json.dumps(recipe_schema(), indent=1))
+        return 0
+    if options.list:
+        print("\n".join(packaged_recipes()))
+        return 0
+    if options.recipe is None:
+        raise ValueError("give a recipe, or --list, or --schema")
+    recipe = load_recipe(recipe_path(options.recipe), options.overrides)
+    if options.json:
+        print(json.dumps(recipe.resolved(), indent=1))
+        return 0
+    from psn_train.recipe.show import show_recipe
+
+    show_recipe(recipe, [options.devices] if options.devices else [1, 8])
+    return 0
+
+
+def _doctor(options) -> int:
+    from psn_train.doctor import run_doctor
+
+    return run_doctor()
+
+
+def _publish(options) -> int:
+    from psn_train.publish.hub import write_timm_folder
+
+    out = write_timm_folder(options.checkpoint, options.to_folder, prefer=options.which)
+    print(f'{out}: import psn_train; timm.create_model("local-dir:{out}", pretrained=True)')
+    return 0
+
+
+def _shards_images(options) -> int:
+    from psn_train.data.shards import write_shards
+    from psn_train.data.sources import open_source
+
+    splits = open_source(options.source, val_labels=options.val_labels)
+    for name in options.splits or splits:
+        if name not in splits:
+            raise ValueError(f"{options.source} has no split {name!r}; it has {', '.join(splits)}")
+    for name in options.splits or splits:
+        index = write_shards(
+            splits[name],
+            os.path.join(options.out, name),
+            split=name,
+            num_shards=options.num_shards,
+            max_side=options.max_side,
+            quality=options.quality,
+            seed=options.seed,
+            workers=options.workers,
+            skip_bad=options.skip_bad,
+            overwrite=options.overwrite,
+        )
+        print(
+            f"{os.path.join(options.out, name)}: {index.num_samples} samples of {len(index.classes)} classes "
+            f"in {len(index.shards)} shards, {index.num_bytes / 1e6:.1f} MB"
+        )
+    return 0
+
+
+def _shards_index(options) -> int:
+    from psn_train.data.shards import index_shards
+
+    classes = None
+    if options.classes is not None:
+        with open(options.classes, encoding="utf-8") as file:
+            classes = file.read().split("\n")
+        classes = [line.strip() for line in classes if line.strip()]
+    index = index_shards(options.shards, options.to, split=options.split, classes=classes, workers=options.workers)
+    print(f"{options.to}/index.json: {index.num_samples} samples in {len(index.shards)} shards")
+    return 0
+
+
+def _shards_verify(options) -> int:
+    from psn_train.data.verify import verify_shards
+
+    report = verify_shards(options.folder, workers=options.workers, decode=not options.no_decode)
+    print(report)
+    return 0 if report.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

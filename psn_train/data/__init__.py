@@ -1,0 +1,1 @@
+"""From files to frames: shards, the order of training, decoding, augmentation."""

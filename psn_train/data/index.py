@@ -1,0 +1,144 @@
+"""`index.json`: what stands in a folder of shards, to the byte.
+
+A folder of shards holds one split of a data set: `index.json` and its `.tar` shards. The index knows of every shard the
+number of samples, the size, the sha256 and the byte offset of every sample, so that
+
+- counts are exact and known before a byte of a shard is read;
+- a sample is read by one `pread`, and a resumed run reads nothing that was seen before;
+- `psn shards verify` can tell a flipped byte from a whole file.
+
+A sample is what webdataset takes for one: the consecutive tar members whose names agree up to the first dot.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+FORMAT = "psn_train.shards/1"
+INDEX_NAME = "index.json"
+
+
+class ShardError(ValueError):
+    """Shards or their index are missing, broken or not what was asked for."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One `.tar` file.
+
+    `offsets` has `num_samples + 1` entries: the first byte of the first tar header of each sample, ascending, and last
+    the first byte after the last sample (the start of the end-of-archive blocks).
+    """
+
+    name: str  # file name relative to the index, or an absolute path, URL or `pipe:` command for foreign shards
+    num_samples: int
+    num_bytes: int
+    sha256: str
+    offsets: list[int]
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The parsed `index.json` of one split. `location` is the folder or URL that relative shard names hang on."""
+
+    kind: str  # "images" or "events"
+    split: str
+    classes: list[str]
+    class_histogram: list[int]
+    shards: list[Shard]
+    # what made these shards (source, seed, options): equal plans give equal bytes
+    plan: dict = field(default_factory=dict)
+    location: str = ""
+
+    @property
+    def num_samples(self) -> int:
+        return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(shard.num_bytes for shard in self.shards)
+
+    def shard_url(self, shard: Shard) -> str:
+        """Path, URL or `pipe:` command that yields the bytes of `shard`."""
+        if is_url(shard.name) or os.path.isabs(shard.name) or not self.location:
+            return shard.name
+        return self.location.rstrip("/") + "/" + shard.name
+
+
+def is_url(name: str) -> bool:
+    """True for `http://...`, `pipe:...` and the other schemes of webdataset's `gopen`; False for local paths."""
+    return name.startswith("pipe:") or "://" in name
+
+
+def save_index(index: ShardIndex, folder: str | os.PathLike) -> Path:
+    """Write `index.json` into `folder`: aside, flushed to disk, then renamed."""
+    document = {"format": FORMAT, "num_samples": index.num_samples, "num_bytes": index.num_bytes, **asdict(index)}
+    del document["location"]
+    # one line a shard: greppable, and a diff of two indices is readable
+    shards = document.pop("shards")
+    text = json.dumps(document, indent=1)[:-2] + ',\n "shards": [\n'
+    text += ",\n".join("  " + json.dumps(shard, separators=(",", ":")) for shard in shards) + "\n ]\n}\n"
+    path = Path(folder) / INDEX_NAME
+    aside = path.with_name(f".{INDEX_NAME}.{os.getpid()}.tmp")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    return path
+
+
+def load_index(where: str | os.PathLike) -> ShardIndex:
+    """Read the index of a folder of shards.
+
+    Args:
+        where: the folder, its `index.json`, or the URL of either (http, https or any scheme of webdataset's `gopen`).
+
+    Raises:
+        ShardError: there is none, or it is not an index of this format, or its numbers contradict each other.
+    """
+    where = os.fspath(where)
+    url = where if where.endswith(".json") else where.rstrip("/") + "/" + INDEX_NAME
+    try:
+        if is_url(url):
+            from webdataset.gopen import gopen
+
+            with gopen(url) as stream:
+                text = stream.read()
+        else:
+            text = Path(url).read_bytes()
+    except (OSError, ValueError) as error:
+        raise ShardError(
+            f"no shards at {where}: {url} cannot be read ({error}). "
+            "Write shards with `psn shards images SRC OUT`, or index existing ones with `psn shards index SHARDS --to DIR`."
+        ) from error
+    try:
+        document = json.loads(text)
+        if document.get("format") != FORMAT:
+            raise ShardError(f"{url}: format is {document.get('format')!r}, wanted {FORMAT!r}")
+        index = ShardIndex(
+            kind=document["kind"],
+            split=document["split"],
+            classes=document["classes"],
+            class_histogram=document["class_histogram"],
+            shards=[Shard(**shard) for shard in document["shards"]],
+            plan=document["plan"],
+            location=url.rsplit("/", 1)[0] if "/" in url else ".",
+        )
+    except ShardError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ShardError(
+            f"{url} is not an index of shards: {error!r}. Make it anew with `psn shards index`."
+        ) from error
+    for shard in index.shards:
+        if len(shard.offsets) != shard.num_samples + 1 or sorted(shard.offsets) != shard.offsets:
+            raise ShardError(f"{url}: {shard.name} states {shard.num_samples} samples but {len(shard.offsets)} offsets")
+    if index.num_samples != document["num_samples"]:
+        raise ShardError(
+            f"{url}: states {document['num_samples']} samples in all, its shards add up to {index.num_samples}"
+        )
+    return index

@@ -1,0 +1,165 @@
+"""Shards -> batches of uint8 images, for training and for evaluation.
+
+Training: micro-batch `m` of a rank is a function of the recipe and of `m`, so a loader starts anywhere without reading
+what came before. Evaluation: batch `b` belongs to rank `b % world_size`; every sample is seen exactly once.
+
+A sample that cannot be read is named in the batch's `bad` list. Its place is taken by a copy of the next good sample of
+the micro-batch (training) or by an image of zeros that no class counts for (evaluation).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from psn_train.data.images import (
+    BadSample,
+    decode_image,
+    decode_label,
+    eval_transform,
+    seeded,
+    train_transform,
+)
+from psn_train.data.index import ShardError, ShardIndex
+from psn_train.data.order import stream_positions
+from psn_train.data.reader import SampleReader
+from psn_train.recipe import Plan, Recipe
+
+
+@dataclass
+class Batch:
+    """Samples of one rank on their way to its device."""
+
+    images: torch.Tensor  # uint8 [N, C, H, W]
+    targets: torch.Tensor  # int64 [N]; -1 for a bad sample of the evaluation
+    ids: np.ndarray  # int64 [N], places in the index
+    epochs: np.ndarray  # int64 [N]
+    keys: list[str] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)  # "shard.tar[17]: why", one for each sample that could not be read
+
+    def pin_memory(self) -> Batch:
+        self.images = self.images.pin_memory()
+        self.targets = self.targets.pin_memory()
+        return self
+
+
+def _load(reader: SampleReader, sample_id: int, in_chans: int, transform) -> tuple[np.ndarray, int, str]:
+    sample = reader.read(sample_id)
+    label = decode_label(sample, len(reader.index.classes))
+    return transform(decode_image(sample, in_chans)), label, sample["__key__"]
+
+
+class TrainStream(Dataset):
+    """Item `m` is micro-batch `m` of this rank, counted from the start of training."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, reader: SampleReader, rank: int):
+        self.recipe, self.plan, self.reader, self.rank = recipe, plan, reader, rank
+        self.shard_sizes = tuple(shard.num_samples for shard in reader.index.shards)
+        self.transform = train_transform(recipe)
+
+    def __len__(self) -> int:
+        return self.plan.total_steps * self.plan.grad_accum_steps
+
+    def positions(self, micro_step: int) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, sample ids) of a micro-batch, int64 [micro_batch_size] each."""
+        plan, data = self.plan, self.recipe.data
+        step, accumulated = divmod(micro_step, plan.grad_accum_steps)
+        # a rank's share of the global batch is contiguous, so neither ranks nor accumulation change what is in it
+        start = step * plan.global_batch_size
+        start += (self.rank * plan.grad_accum_steps + accumulated) * plan.micro_batch_size
+        return stream_positions(
+            start,
+            plan.micro_batch_size,
+            self.shard_sizes,
+            seed=self.recipe.seed,
+            shuffle=data.shuffle,
+            streams=data.streams,
+        )
+
+    def __getitem__(self, micro_step: int) -> Batch:
+        epochs, ids = self.positions(micro_step)
+        images: list[np.ndarray | None] = []
+        targets, keys, bad = [], [], []
+        for epoch, sample_id in zip(epochs, ids, strict=True):
+            try:
+                with seeded(self.recipe.seed, int(epoch), int(sample_id)):
+                    image, label, key = _load(self.reader, int(sample_id), self.recipe.model.in_chans, self.transform)
+            except (BadSample, ShardError) as error:
+                bad.append(f"{self.reader.name(int(sample_id))}: {error}")
+                image, label, key = None, -1, ""
+            images.append(image)
+            targets.append(label)
+            keys.append(key)
+        good = [i for i, image in enumerate(images) if image is not None]
+        if not good:
+            raise ShardError("no sample of a micro-batch could be read:\n  " + "\n  ".join(bad))
+        for i, image in enumerate(images):
+            if image is None:
+                stand_in = next((g for g in good if g > i), good[0])
+                images[i], targets[i], keys[i] = images[stand_in], targets[stand_in], keys[stand_in]
+        return Batch(torch.from_numpy(np.stack(images)), torch.tensor(targets), ids, epochs, keys, bad)
+
+
+class EvalStream(Dataset):
+    """Item `i` is batch `rank + i * world_size` of the samples in the index's order."""
+
+    def __init__(self, recipe: Recipe, reader: SampleReader, batch_size: int, rank: int, world_size: int):
+        self.recipe, self.reader, self.batch_size = recipe, reader, batch_size
+        self.rank, self.world_size = rank, world_size
+        self.transform = eval_transform(recipe)
+
+    def __len__(self) -> int:
+        batches = -(-self.reader.index.num_samples // self.batch_size)
+        return len(range(self.rank, batches, self.world_size))
+
+    def __getitem__(self, item: int) -> Batch:
+        start = (self.rank + item * self.world_size) * self.batch_size
+        ids = np.arange(start, min(start + self.batch_size, self.reader.index.num_samples))
+        side, channels = self.recipe.data.image_size, self.recipe.model.in_chans
+        images = np.zeros((len(ids), channels, side, side), dtype=np.uint8)
+        targets, keys, bad = [], [], []
+        for i, sample_id in enumerate(ids):
+            try:
+                images[i], label, key = _load(self.reader, int(sample_id), channels, self.transform)
+            except (BadSample, ShardError) as error:
+                bad.append(f"{self.reader.name(int(sample_id))}: {error}")
+                label, key = -1, ""
+            targets.append(label)
+            keys.append(key)
+        return Batch(torch.from_numpy(images), torch.tensor(targets), ids, np.zeros_like(ids), keys, bad)
+
+
+def _one_thread(worker: int) -> None:
+    # a decoding process with as many threads as cores fights the others for them
+    torch.set_num_threads(1)
+
+
+def make_loader(stream: Dataset, *, start: int, stop: int, workers: int, pin_memory: bool) -> DataLoader:
+    """Items start to stop - 1 of a stream, in order, prepared by `workers` processes."""
+    return DataLoader(
+        stream,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_one_thread,
+    )
+
+
+def check_counts(index: ShardIndex, wanted: int | None, key: str) -> None:
+    """Hold the index against what the recipe says.
+
+    Raises:
+        ShardError: another number of samples, or none.
+    """
+    if index.num_samples == 0:
+        raise ShardError(f"{index.location}: the shards hold no samples")
+    if wanted is not None and index.num_samples != wanted:
+        raise ShardError(
+            f"{index.location}: {index.num_samples} samples, the recipe's {key} wants {wanted}. "
+            f"Check the shards with `psn shards verify`, or correct {key}."
+        )

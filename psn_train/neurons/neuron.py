@@ -1,0 +1,143 @@
+"""What all spiking neurons share: the call, the input checks, the step modes; and helpers that walk a model.
+
+step_mode "m" (default): forward takes a whole sequence x_seq [T, ...] and starts from rest each time.
+step_mode "s": forward takes the input of one time-step x [N, ...] and keeps the state until `reset()`.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from psn_train.neurons import functional
+
+STEP_MODES = ("m", "s")
+NAN_CHECKS = ("cpu", "always", "never")
+
+
+class Neuron(nn.Module):
+    """A layer of spiking neurons: currents in, spikes out, same shape, dtype and memory layout.
+
+    Errors: ValueError on a wrong number of time-steps, an empty batch, a dtype that is not floating point, and NaN.
+    The NaN check reads one number back from the device, so `nan_check` says where it runs: "cpu" (default) on CPU
+    tensors only, "always", or "never". It never runs inside torch.compile. NaN matters because Theta(NaN) = 0: it
+    would vanish in silence.
+    """
+
+    nan_check = "cpu"
+    T: int | None = None  # the only number of time-steps this layer takes; None: any
+
+    def __init__(self, surrogate: str = "atan", alpha: float = 2.0):
+        super().__init__()
+        functional.get_surrogate(surrogate)
+        if not alpha > 0:
+            raise ValueError(f"{type(self).__name__}: got alpha={alpha}, wanted a number above 0")
+        self.surrogate, self.alpha = surrogate, float(alpha)
+        self.step_mode = "m"
+
+    # a kind of neuron defines these three
+    def parallel(self, x_seq: Tensor) -> Tensor:
+        """x_seq [T, ...] -> spike_seq [T, ...]."""
+        raise NotImplementedError
+
+    def static(self, x: Tensor, T: int) -> Tensor:
+        """x [...], the same at each of T steps -> spike_seq [T, ...], x is not copied T times."""
+        raise NotImplementedError
+
+    def step(self, x: Tensor) -> Tensor:
+        """x [N, ...] -> spikes [N, ...] of the next time-step; the state is kept until `reset()`."""
+        raise NotImplementedError
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        """x_seq [T, ...] -> spike_seq [T, ...]; in step_mode "s" x [N, ...] -> spikes [N, ...]."""
+        if self.step_mode == "s":
+            self._check(x_seq, "x")
+            return self.step(x_seq)
+        self._check(x_seq, "x_seq")
+        if x_seq.ndim < 2:
+            raise ValueError(f"{self._where()}: got x_seq of shape {tuple(x_seq.shape)}, wanted [T, N, ...]")
+        self._check_T(x_seq.shape[0])
+        return self.parallel(x_seq)
+
+    def forward_static(self, x: Tensor, T: int | None = None) -> Tensor:
+        """x [N, ...], the same at each of T steps (default: the layer's own T) -> spike_seq [T, N, ...]."""
+        if self.step_mode == "s":
+            raise ValueError(f"{self._where()}: forward_static needs step_mode 'm'; call set_step_mode(model, 'm')")
+        T = self.T if T is None else T
+        if T is None or T < 1:
+            raise ValueError(f"{self._where()}: forward_static got T={T}, wanted a number of time-steps of at least 1")
+        self._check(x, "x")
+        self._check_T(T)
+        return self.static(x, T)
+
+    def reset(self) -> None:
+        """Forget the state of step mode "s"."""
+
+    def set_step_mode(self, mode: str) -> None:
+        """"m" or "s"; ValueError on another mode, or where the neuron cannot run step by step."""
+        if mode not in STEP_MODES:
+            raise ValueError(f"{self._where()}: got step_mode={mode!r}, wanted one of {', '.join(STEP_MODES)}")
+        self.step_mode = mode
+
+    def extra_repr(self) -> str:
+        return f"surrogate={self.surrogate}, alpha={self.alpha:g}"
+
+    def _where(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def _check_T(self, T: int) -> None:
+        if self.T is not None and self.T != T:
+            raise ValueError(
+                f"{self._where()}: got {T} time-steps, wanted T={self.T}; feed [T, N, ...], time first, or build it "
+                f"with T={T}"
+            )
+
+    def _check(self, x: Tensor, name: str) -> None:
+        if not x.is_floating_point():
+            raise ValueError(
+                f"{self._where()}: got {name} of dtype {x.dtype}, wanted floating point; convert and normalise it first"
+            )
+        if x.numel() == 0:
+            raise ValueError(f"{self._where()}: got an empty batch, {name} of shape {tuple(x.shape)}")
+        if self.nan_check == "never" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        if x.device.type == "cpu" or self.nan_check == "always":
+            # the sum is one pass without a buffer; only a suspicious sum pays for counting
+            if not torch.isfinite(x.detach().sum(dtype=functional.compute_dtype(x))):
+                count = int(x.detach().isnan().sum())
+                if count:
+                    raise ValueError(f"{self._where()}: {count} of {x.numel()} values of {name} {tuple(x.shape)} are NaN")
+
+
+def spiking_neurons(model: nn.Module) -> Iterator[tuple[str, Neuron]]:
+    """Every neuron layer of a model as (name, module), in the order of definition."""
+    for name, module in model.named_modules():
+        if isinstance(module, Neuron):
+            yield name, module
+
+
+def set_step_mode(model: nn.Module, mode: str) -> None:
+    """Run all neurons on whole sequences ("m") or step by step ("s"); ValueError before any is changed."""
+    neurons = list(spiking_neurons(model))
+    previous = [neuron.step_mode for _, neuron in neurons]
+    try:
+        for _, neuron in neurons:
+            neuron.set_step_mode(mode)
+    except ValueError:
+        for (_, neuron), old in zip(neurons, previous, strict=True):
+            neuron.step_mode = old
+        raise
+
+
+def reset(model: nn.Module) -> None:
+    """Forget the step-by-step state of all neurons."""
+    for _, neuron in spiking_neurons(model):
+        neuron.reset()
+
+
+def set_nan_check(model: nn.Module, when: str) -> None:
+    """Where all neurons look for NaN: "cpu", "always" (a device sync per layer), or "never"."""
+    if when not in NAN_CHECKS:
+        raise ValueError(f"set_nan_check: got {when!r}, wanted one of {', '.join(NAN_CHECKS)}")
+    for _, neuron in spiking_neurons(model):
+        neuron.nan_check = when

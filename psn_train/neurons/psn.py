@@ -1,0 +1,214 @@
+"""PSN, masked PSN, sliding PSN as modules: parameters, initialisation, step modes; the arithmetic is in functional.py.
+
+Initialisation (the authors' code): weights kaiming_uniform(a=sqrt 5), that is U(-1/sqrt T, 1/sqrt T) for a [T, T] and
+U(-1/sqrt k, 1/sqrt k) for a [k] weight; biases -1, so the threshold is 1. One weight and one bias per layer.
+"""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from psn_train.neurons import functional
+from psn_train.neurons.neuron import Neuron, spiking_neurons
+
+
+def _check_count(where: str, name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{where}: got {name}={value!r}, wanted a whole number of at least 1")
+
+
+class PSN(Neuron):
+    """Parallel spiking neuron: H = W X + B, S = Theta(H). x_seq [T, ...] -> spike_seq [T, ...].
+
+    Parameters: weight [T, T] (row t makes output step t), bias [T]. Not causal and bound to T, so there is no
+    step-by-step mode.
+    """
+
+    def __init__(self, T: int, surrogate: str = "atan", alpha: float = 2.0):
+        super().__init__(surrogate, alpha)
+        _check_count("PSN", "T", T)
+        self.T = T
+        self.weight = nn.Parameter(torch.empty(T, T))
+        self.bias = nn.Parameter(torch.empty(T))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        nn.init.constant_(self.bias, -1.0)
+
+    def parallel(self, x_seq: Tensor) -> Tensor:
+        return functional.psn(x_seq, self.weight, self.bias, self.surrogate, self.alpha)
+
+    def static(self, x: Tensor, T: int) -> Tensor:
+        return functional.psn_static(x, self.weight, self.bias, self.surrogate, self.alpha)
+
+    def set_step_mode(self, mode: str) -> None:
+        if mode == "s":
+            raise ValueError(
+                f"{self._where()}: cannot run step by step: each output step needs all {self.T} inputs; use "
+                "masked_psn or sliding_psn"
+            )
+        super().set_step_mode(mode)
+
+    def extra_repr(self) -> str:
+        return f"T={self.T}, {super().extra_repr()}"
+
+
+class MaskedPSN(Neuron):
+    """Masked PSN of order k: H = (W * (lambda M_k + (1 - lambda) J)) X + B, S = Theta(H).
+
+    M_k keeps the k newest inputs of each step. Parameters: weight [T, T], bias [T]. lambda_ is a buffer, saved with the
+    model; training moves it from 0 (a full PSN) to 1 (masked and causal) with `set_lambda`. It starts at 1, so that a
+    model is never unmasked by being forgotten (SpikingJelly and the authors start at 0). Step by step: only where
+    lambda = 1, at most T steps, a state of k inputs.
+
+    Errors: ValueError if k < 1 or k > T, or lambda is not in [0, 1].
+    """
+
+    def __init__(self, k: int, T: int, lambda_: float = 1.0, surrogate: str = "atan", alpha: float = 2.0):
+        super().__init__(surrogate, alpha)
+        _check_count("MaskedPSN", "T", T)
+        _check_count("MaskedPSN", "k", k)
+        if k > T:
+            raise ValueError(f"MaskedPSN: got k={k} and T={T}, wanted k <= T; more history than steps does nothing")
+        self.k, self.T = k, T
+        self.weight = nn.Parameter(torch.empty(T, T))
+        self.bias = nn.Parameter(torch.empty(T))
+        self.register_buffer("lambda_", torch.empty(()))
+        self._warned = False
+        self.set_lambda(lambda_)
+        self.reset_parameters()
+        self.reset()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        nn.init.constant_(self.bias, -1.0)
+
+    def set_lambda(self, value: float) -> None:
+        """The blend of the mask: 0 none, 1 full."""
+        value = float(value)
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"MaskedPSN: got lambda={value}, wanted a number from 0 to 1")
+        self.lambda_.fill_(value)
+        # what the host knows of the buffer, so that no forward has to ask the device
+        self._host_lambda = value
+
+    def parallel(self, x_seq: Tensor) -> Tensor:
+        self._warn_unmasked()
+        return functional.masked_psn(
+            x_seq, self.weight, self.bias, self.k, self.lambda_, self.surrogate, self.alpha
+        )
+
+    def static(self, x: Tensor, T: int) -> Tensor:
+        self._warn_unmasked()
+        return functional.masked_psn_static(
+            x, self.weight, self.bias, self.k, self.lambda_, self.surrogate, self.alpha
+        )
+
+    def step(self, x: Tensor) -> Tensor:
+        if self._host_lambda < 1.0:
+            raise ValueError(f"{self._where()}: runs step by step only with lambda=1; see set_lambda")
+        if self._t == self.T:
+            raise ValueError(f"{self._where()}: step {self._t + 1} of T={self.T}; call reset() before a new sequence")
+        queue = functional.new_queue(x, self.k) if self._queue is None else self._queue
+        spike, self._queue = functional.masked_psn_step(
+            x, self._t, queue, self.weight, self.bias, self.surrogate, self.alpha
+        )
+        self._t += 1
+        return spike
+
+    def reset(self) -> None:
+        self._t, self._queue = 0, None
+
+    def set_step_mode(self, mode: str) -> None:
+        if mode == "s" and self._host_lambda < 1.0:
+            raise ValueError(f"{self._where()}: runs step by step only with lambda=1; see set_lambda")
+        super().set_step_mode(mode)
+
+    def train(self, mode: bool = True):
+        # an average of models or a broadcast may have moved the buffer behind our back
+        self._read_lambda()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._read_lambda()
+
+    def _read_lambda(self) -> None:
+        if not self.lambda_.is_meta:
+            self._host_lambda = float(self.lambda_)
+
+    def _warn_unmasked(self) -> None:
+        if self.training or self._host_lambda >= 1.0 or self._warned or torch.compiler.is_compiling():
+            return
+        self._warned = True
+        warnings.warn(
+            f"{self._where()}: evaluated with lambda < 1: the mask is not closed, so this neuron still sees the future "
+            "and cannot run step by step. Finish the lambda schedule, or call set_lambda(model, 1.0).",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, T={self.T}, lambda={self._host_lambda:g}, {super().extra_repr()}"
+
+
+class SlidingPSN(Neuron):
+    """Sliding PSN of order k: H[t] = sum_{i<k} w_i X[t - k + 1 + i] + b, S = Theta(H), zeros before the first input.
+
+    Parameters: weight [k] (w_{k-1} multiplies the newest input), bias []. Any T, also T < k (the oldest taps then meet
+    only zeros). Step by step with a state of k inputs, without end.
+
+    exp_init=True starts at w = (..., 1/4, 1/2, 1), as the paper's CIFAR10-DVS network and SpikingJelly do; the default
+    is the uniform initialisation of its sequential CIFAR script.
+    """
+
+    def __init__(self, k: int, exp_init: bool = False, surrogate: str = "atan", alpha: float = 2.0):
+        super().__init__(surrogate, alpha)
+        _check_count("SlidingPSN", "k", k)
+        self.k, self.exp_init = k, exp_init
+        self.weight = nn.Parameter(torch.empty(k))
+        self.bias = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+        self.reset()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            if self.exp_init:
+                self.weight.copy_(2.0 ** torch.arange(1 - self.k, 1))
+            else:
+                # kaiming_uniform counts the fan of a matrix: [1, k]
+                nn.init.kaiming_uniform_(self.weight.unsqueeze(0), a=math.sqrt(5))
+        nn.init.constant_(self.bias, -1.0)
+
+    def parallel(self, x_seq: Tensor) -> Tensor:
+        return functional.sliding_psn(x_seq, self.weight, self.bias, self.surrogate, self.alpha)
+
+    def static(self, x: Tensor, T: int) -> Tensor:
+        return functional.sliding_psn_static(x, T, self.weight, self.bias, self.surrogate, self.alpha)
+
+    def step(self, x: Tensor) -> Tensor:
+        queue = functional.new_queue(x, self.k) if self._queue is None else self._queue
+        spike, self._queue = functional.sliding_psn_step(x, queue, self.weight, self.bias, self.surrogate, self.alpha)
+        return spike
+
+    def reset(self) -> None:
+        self._queue = None
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}, {super().extra_repr()}"
+
+
+def set_lambda(model: nn.Module, value: float) -> None:
+    """Set the mask blend of every masked PSN in a model: 0 (no mask) to 1 (masked). Does nothing without one."""
+    for _, neuron in spiking_neurons(model):
+        if isinstance(neuron, MaskedPSN):
+            neuron.set_lambda(value)
+
+
+def get_lambda(model: nn.Module) -> float | None:
+    """The smallest mask blend in a model, read from the buffers (a device sync); None without a masked PSN."""
+    values = [float(neuron.lambda_) for _, neuron in spiking_neurons(model) if isinstance(neuron, MaskedPSN)]
+    return min(values, default=None)

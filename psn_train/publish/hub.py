@@ -1,0 +1,168 @@
+"""Checkpoint -> a folder in timm's hub format, and back."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from psn_train.data.index import load_index
+from psn_train.neurons import get_lambda
+from psn_train.recipe import Recipe
+from psn_train.training.build import build_model
+from psn_train.training.checkpoint import CheckpointError, find_checkpoint, read_meta, read_weights
+
+
+def load_run(
+    where: str | os.PathLike, *, prefer: str = "best", weights: str = "auto"
+) -> tuple[nn.Module, Recipe, dict]:
+    """Network, recipe and state.json of a run's or a checkpoint's folder, on the CPU, in eval mode.
+
+    Args:
+        prefer: `best` or `last` checkpoint of a run.
+        weights: `model`, `ema`, or `auto` for the EMA where there is one.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint, or no EMA in it.
+    """
+    path = find_checkpoint(where, prefer)
+    meta = read_meta(path)
+    recipe = Recipe.model_validate(meta["recipe"])
+    state, which = read_weights(path, weights)
+    model = build_model(recipe, meta["num_classes"])
+    model.load_state_dict(state)
+    return model.eval(), recipe, {**meta, "weights": which, "path": str(path)}
+
+
+def load_timm_folder(where: str | os.PathLike) -> tuple[nn.Module, Recipe, dict]:
+    """Network, recipe and config.json of a folder in timm's format.
+
+    A folder that this project wrote carries its recipe; for another one the preprocessing follows from its
+    `pretrained_cfg`.
+    """
+    import timm
+
+    import psn_train.models  # noqa: F401 (registers the architectures)
+
+    config = json.loads((Path(where) / "config.json").read_text(encoding="utf-8"))
+    model = timm.create_model(f"local-dir:{where}", pretrained=True).eval()
+    own = config.get("psn_train")
+    if own is not None:
+        return model, Recipe.model_validate(own["recipe"]), config
+    cfg = config["pretrained_cfg"]
+    channels, side, _ = cfg["input_size"]
+    recipe = Recipe.model_validate(
+        {
+            "name": config["architecture"],
+            "model": {"name": config["architecture"], "T": getattr(model, "T", 1), "in_chans": channels},
+            "data": {"train": "", "global_batch_size": 64, "image_size": side},
+            "augment": {
+                "mean": list(cfg["mean"]),
+                "std": list(cfg["std"]),
+                "interpolation": cfg["interpolation"],
+                "eval_resize": math.floor(side / cfg["crop_pct"]),
+            },
+            "optim": {"lr": 1.0},
+            "schedule": {"steps": 1},
+        }
+    )
+    return model, recipe, config
+
+
+def load_any(
+    where: str | os.PathLike, *, prefer: str = "best", weights: str = "auto"
+) -> tuple[nn.Module, Recipe, dict]:
+    """`load_timm_folder` for a folder with a config.json, else `load_run`."""
+    if (Path(where) / "config.json").exists():
+        return load_timm_folder(where)
+    return load_run(where, prefer=prefer, weights=weights)
+
+
+def write_timm_folder(where: str | os.PathLike, out: str | os.PathLike, *, prefer: str = "best") -> Path:
+    """A run's checkpoint as `timm.create_model("local-dir:OUT")` and the hub take it: config.json, model.safetensors.
+
+    Raises:
+        CheckpointError: `out` holds something else, or a masked PSN's lambda is below 1.
+    """
+    from timm.models import save_for_hf
+
+    model, recipe, meta = load_run(where, prefer=prefer)
+    out = Path(out)
+    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
+        raise CheckpointError(f"{out} is not empty and holds no config.json; choose another folder")
+    lambda_ = get_lambda(model)
+    if lambda_ is not None and lambda_ < 1:
+        raise CheckpointError(
+            f"{meta['path']}: lambda = {lambda_:.4f} < 1: this masked PSN still looks into the future. Publish a "
+            "checkpoint of an epoch with lambda = 1 (give its folder step_XXXXXXXX), or train to the end."
+        )
+    augment, side = recipe.augment, recipe.data.image_size
+    resizes = augment.crop == "random_resized" or augment.eval_resize is not None
+    model.pretrained_cfg = {
+        **model.pretrained_cfg,
+        "input_size": (recipe.model.in_chans, side, side),
+        "mean": tuple(augment.mean),
+        "std": tuple(augment.std),
+        "interpolation": augment.interpolation,
+        "crop_pct": side / (augment.eval_resize or math.floor(side / 0.875)) if resizes else 1.0,
+        "num_classes": model.num_classes,
+    }
+    config = {
+        "psn_train": {
+            "recipe": recipe.resolved(),
+            "recipe_hash": meta["recipe_hash"],
+            "results": meta["results"],
+            "weights": meta["weights"],
+            "versions": meta["versions"],
+        }
+    }
+    try:
+        config["label_names"] = load_index(recipe.data.train).classes
+    except ValueError:
+        # the shards need not be where the checkpoint is
+        config.pop("label_names", None)
+    # timm fills model_args from the arguments that create_model was given
+    save_for_hf(model, str(out), model_config=config, safe_serialization=True)
+    return out
+
+
+def evaluate_folder(
+    where: str | os.PathLike,
+    shards: str,
+    *,
+    prefer: str = "best",
+    weights: str = "auto",
+    batch_size: int = 64,
+    workers: int = 2,
+    device: str | None = None,
+    firing: bool = True,
+    on_batch=None,
+):
+    """Evaluate a run, a checkpoint or a timm folder on shards; see `training.evaluate.evaluate`."""
+    from psn_train.data.reader import SampleReader
+    from psn_train.training.evaluate import evaluate
+
+    index = load_index(shards)
+    model, recipe, meta = load_any(where, prefer=prefer, weights=weights)
+    if model.num_classes < len(index.classes):
+        raise CheckpointError(
+            f"{where} tells {model.num_classes} classes apart, {shards} has {len(index.classes)}; other data?"
+        )
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cache = Path(recipe.data.cache_dir or Path(where) / "shards")
+    reader = SampleReader(index, cache_dir=cache, cache_bytes=recipe.data.cache_gb * 1e9)
+    result = evaluate(
+        model.to(place),
+        recipe,
+        reader,
+        batch_size=batch_size,
+        device=place,
+        firing=firing,
+        on_batch=on_batch,
+    )
+    return result, recipe, meta

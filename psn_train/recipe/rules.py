@@ -1,0 +1,155 @@
+"""What follows from a recipe: combinations that cannot work, and the numbers that are derived from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from psn_train.recipe.schema import Recipe
+
+
+def impossible_combinations(recipe: Recipe) -> list[str]:
+    """Every combination of values that cannot be trained, as "key: what is wrong, what to do"."""
+    problems = []
+
+    def wrong(condition: bool, text: str) -> None:
+        if condition:
+            problems.append(text)
+
+    model, data, augment = recipe.model, recipe.data, recipe.augment
+    schedule, checkpoint = recipe.schedule, recipe.checkpoint
+    needs_k = "masked_psn" in model.name or "sliding_psn" in model.name
+    wrong(needs_k and model.k is None, f"model.k: missing; {model.name} needs its order, such as k: {min(model.T, 4)}")
+    wrong(
+        bool(model.name) and not needs_k and model.k is not None,
+        f"model.k: got {model.k}; {model.name} has no order, leave it out",
+    )
+    wrong(
+        needs_k and (model.k or 0) > model.T,
+        f"model.k: got {model.k}, which is more than T = {model.T}; there are no more steps to look back at",
+    )
+    wrong(
+        (schedule.epochs is None) == (schedule.steps is None),
+        "schedule.epochs: give the length as `epochs` or as `steps`, one of the two",
+    )
+    wrong(
+        bool(schedule.warmup_epochs) and bool(schedule.warmup_steps),
+        "schedule.warmup_steps: give the warm-up as `warmup_epochs` or as `warmup_steps`, one of the two",
+    )
+    wrong(
+        schedule.by == "epoch" and bool(schedule.warmup_steps),
+        "schedule.warmup_steps: the learning rate moves by epoch; set schedule.by: step, or give warmup_epochs",
+    )
+    wrong(
+        schedule.epochs is not None and schedule.warmup_epochs >= schedule.epochs > 0,
+        f"schedule.warmup_epochs: got {schedule.warmup_epochs}, not less than epochs = {schedule.epochs}",
+    )
+    wrong(
+        schedule.min_lr > recipe.optim.lr,
+        f"schedule.min_lr: got {schedule.min_lr}, which is more than optim.lr = {recipe.optim.lr}",
+    )
+    channels = model.in_chans
+    for key in ("mean", "std"):
+        count = len(getattr(augment, key))
+        wrong(count != channels, f"augment.{key}: {count} values for in_chans = {channels}; give one for each channel")
+    wrong(augment.scale[0] > augment.scale[1], f"augment.scale: got {augment.scale}; wanted the smaller value first")
+    wrong(augment.ratio[0] > augment.ratio[1], f"augment.ratio: got {augment.ratio}; wanted the smaller value first")
+    wrong(
+        augment.eval_resize is not None and augment.eval_resize < data.image_size,
+        f"augment.eval_resize: got {augment.eval_resize}, less than data.image_size = {data.image_size}",
+    )
+    mixes = augment.mixup > 0 or augment.cutmix > 0
+    wrong(
+        mixes and data.global_batch_size % 2 == 1,
+        f"augment.mixup: mixing needs pairs, and data.global_batch_size = {data.global_batch_size} is odd",
+    )
+    wrong(
+        checkpoint.select_by == "ema_top1" and recipe.ema.decay is None,
+        "checkpoint.select_by: ema_top1 needs an EMA; set ema.decay, such as 0.9999",
+    )
+    wrong(
+        data.val is None and checkpoint.select_by is not None,
+        f"checkpoint.select_by: {checkpoint.select_by} needs validation shards; set data.val",
+    )
+    wrong(
+        checkpoint.every_epochs is None and checkpoint.every_steps is None,
+        "checkpoint.every_epochs: a run that never saves; set every_epochs or every_steps",
+    )
+    return problems
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers that a recipe, a data set and a number of devices give."""
+
+    world_size: int
+    global_batch_size: int
+    micro_batch_size: int
+    grad_accum_steps: int
+    train_samples: int
+    steps_per_epoch: float
+    """Updates an epoch; not a whole number unless the batch divides the samples: a batch may span two epochs."""
+    total_steps: int
+    epochs: float
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch (from 0) that the first sample of update `step` (from 0) belongs to."""
+        return step * self.global_batch_size // self.train_samples
+
+    def epoch_ended_by(self, step: int) -> int | None:
+        """The epoch (from 0) that `step` updates complete and `step` - 1 do not. The last update ends one, too."""
+        done = step * self.global_batch_size // self.train_samples
+        if step == self.total_steps:
+            return math.ceil(self.epochs) - 1
+        if done > (step - 1) * self.global_batch_size // self.train_samples:
+            return done - 1
+        return None
+
+
+class PlanError(ValueError):
+    """A recipe does not fit the number of devices or the data."""
+
+
+def make_plan(recipe: Recipe, *, world_size: int, train_samples: int) -> Plan:
+    """Derive batches and steps.
+
+    The global batch is the recipe's at any number of devices. The micro-batch of a device is the largest that divides
+    its share of the global batch and is not above `data.max_batch_per_device`; the rest is accumulation.
+
+    Raises:
+        PlanError: the global batch does not divide over the devices; the message names the numbers that would.
+    """
+    data, schedule = recipe.data, recipe.schedule
+    batch = data.global_batch_size
+    if batch % world_size:
+        fitting = [w for w in range(1, batch + 1) if batch % w == 0]
+        near = sorted(fitting, key=lambda w: (abs(w - world_size), w))[:3]
+        raise PlanError(
+            f"data.global_batch_size = {batch} does not divide over {world_size} devices. It divides over "
+            f"{', '.join(map(str, sorted(near)))}; or set data.global_batch_size to a multiple of {world_size}, "
+            f"such as {max(1, round(batch / world_size)) * world_size}."
+        )
+    share = batch // world_size
+    bound = min(data.max_batch_per_device or share, share)
+    micro = next(size for size in range(bound, 0, -1) if share % size == 0)
+    if (recipe.augment.mixup > 0 or recipe.augment.cutmix > 0) and micro % 2:
+        raise PlanError(
+            f"mixup and cutmix need an even batch on each device, and {batch} samples on {world_size} devices with "
+            f"at most {bound} at a time give {micro}. Change data.global_batch_size or data.max_batch_per_device."
+        )
+    if schedule.steps is not None:
+        total = schedule.steps
+        epochs = total * batch / train_samples
+    else:
+        total = math.ceil(schedule.epochs * train_samples / batch)
+        epochs = float(schedule.epochs)
+    return Plan(
+        world_size=world_size,
+        global_batch_size=batch,
+        micro_batch_size=micro,
+        grad_accum_steps=share // micro,
+        train_samples=train_samples,
+        steps_per_epoch=train_samples / batch,
+        total_steps=total,
+        epochs=epochs,
+    )

@@ -1,0 +1,301 @@
+"""Recipe: everything that decides a run, read from strict YAML and checked before torch is imported.
+
+A recipe file has the sections model, data, augment, loss, optim, schedule, precision, ema, checkpoint and log. It may
+name one parent with `base:` (a path relative to itself), and single values are overridden on the command line as
+`optim.lr=0.05`. All mistakes are reported at once, each with the place, what was found and what was wanted.
+
+YAML is read by the rules of YAML 1.2: `1e-3` is a number and `no` is a word (PyYAML's own rules have them the other way
+round). Durations carry their unit in the key (`epochs`, `warmup_steps`, `every_minutes`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Scalar = bool | int | float | str | None
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are errors and types are not converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    name: str
+    """Architecture in timm's registry, such as `sew_resnet18_psn`."""
+    T: Positive = 4
+    """Time-steps."""
+    k: Positive | None = None
+    """Order of a masked or sliding PSN: how many steps back it looks, its own included."""
+    connect_function: Literal["ADD", "AND", "IAND"] = "ADD"
+    """How a SEW block joins its input and its spikes."""
+    surrogate: Literal["atan", "sigmoid", "triangle", "rectangle"] = "atan"
+    """Derivative that stands in for the step's in the backward pass."""
+    alpha: Annotated[float, Field(gt=0)] = 2.0
+    """Steepness of the surrogate."""
+    num_classes: Positive | None = None
+    """Outputs; by default as many as the training shards have classes."""
+    in_chans: Literal[1, 3] = 3
+    """1: images are read as grey; 3: as RGB."""
+    args: dict[str, Scalar] = {}
+    """Further arguments of the architecture, such as `stem`, `stem_pool`, `pe`, `width`."""
+    init_from: str | None = None
+    """ANN weights to start from: `timm:NAME`, `torchvision:NAME` or a file."""
+    sync_bn: bool = False
+    """Batch norm statistics over the batches of all ranks."""
+    grad_checkpointing: bool = False
+    """Recompute the blocks in the backward pass instead of keeping them."""
+
+
+class Data(Section):
+    train: str
+    """Folder or URL of the training shards."""
+    val: str | None = None
+    """Folder or URL of the validation shards; without it nothing is evaluated."""
+    train_samples: Positive | None = None
+    """How many training samples there must be; the index of the shards is held against it."""
+    val_samples: Positive | None = None
+    """How many validation samples there must be."""
+    global_batch_size: Positive
+    """Samples of one update, over all ranks and accumulated micro-batches."""
+    max_batch_per_device: Positive | None = None
+    """Upper bound of the micro-batch of one device; the accumulation follows from it."""
+    eval_batch_per_device: Positive | None = None
+    """Batch of the evaluation; by default the micro-batch."""
+    image_size: Positive = 224
+    """Side of the square that the network sees, in pixels."""
+    shuffle: Literal["full", "shards"] = "shards"
+    """full: any order of all samples (random reads); shards: permuted shards, read side by side in `streams`."""
+    streams: Positive = 64
+    """How many shards are read side by side under `shuffle: shards`."""
+    workers: Annotated[int, Field(ge=0)] = 4
+    """Decoding processes of each rank; 0 decodes in the training process."""
+    max_bad_samples: Annotated[int, Field(ge=0)] = 0
+    """Unreadable samples that a run survives; each is named in the log."""
+    cache_dir: str | None = None
+    """Where shards of URLs are kept; by default a folder in the run's."""
+    cache_gb: Annotated[float, Field(gt=0)] = 100.0
+    """Bound of that folder, in 10^9 bytes."""
+
+
+class Augment(Section):
+    crop: Literal["random_resized", "pad", "none"] = "random_resized"
+    """random_resized: a random part, resized; pad: shifted by up to `pad` pixels; none: resized as it is."""
+    scale: Annotated[list[float], Field(min_length=2, max_length=2)] = [0.08, 1.0]
+    """Area of the part that `random_resized` takes, from and to."""
+    ratio: Annotated[list[float], Field(min_length=2, max_length=2)] = [0.75, 1.3333333333333333]
+    """Its aspect ratio, from and to."""
+    pad: Annotated[int, Field(ge=0)] = 4
+    """Pixels of padding of `crop: pad`."""
+    hflip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    vflip: Fraction = 0.0
+    """Probability of a vertical flip."""
+    color_jitter: NonNegative = 0.0
+    """Strength of brightness, contrast and saturation jitter."""
+    auto_augment: str | None = None
+    """timm's policy string, such as `rand-m9-mstd0.5-inc1`, or `trivial` for TrivialAugmentWide."""
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    """Of every resize."""
+    random_erasing: Fraction = 0.0
+    """Probability that a part of an image is erased."""
+    random_erasing_mode: Literal["const", "rand", "pixel"] = "const"
+    """What it is erased to: the mean, one random colour, or noise."""
+    mixup: NonNegative = 0.0
+    """alpha of mixup; 0 turns it off."""
+    cutmix: NonNegative = 0.0
+    """alpha of cutmix; 0 turns it off."""
+    mix_prob: Fraction = 1.0
+    """Probability that a batch is mixed at all."""
+    mix_switch_prob: Fraction = 0.5
+    """Probability of cutmix where both are on."""
+    eval_resize: Positive | None = None
+    """Short side before the centre crop of the evaluation; by default image_size / 0.875, rounded."""
+    mean: list[Fraction] = [0.485, 0.456, 0.406]
+    """Of the channels, on the scale from 0 to 1."""
+    std: list[Annotated[float, Field(gt=0, le=1)]] = [0.229, 0.224, 0.225]
+    """Of the channels, on the scale from 0 to 1."""
+
+
+class Loss(Section):
+    name: Literal["tet", "mean_logits"] = "tet"
+    """tet: mean over T of each step's cross entropy; mean_logits: cross entropy of the mean over T."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that is spread over all classes."""
+    mse_weight: Fraction = 0.0
+    """lambda of TET's regulariser: (1 - lambda) * TET + lambda * MSE(logits, mse_target)."""
+    mse_target: float = 1.0
+    """What the regulariser draws the logits to."""
+
+
+class Optim(Section):
+    name: str = "sgd"
+    """`sgd`, `adamw` or any optimiser of timm. Unlike timm's, `sgd` is without Nesterov unless `nesterov` says so."""
+    lr: Annotated[float, Field(gt=0)]
+    """Learning rate at the peak; never scaled by the number of devices."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of SGD and those that take it."""
+    nesterov: bool = False
+    """Of SGD."""
+    weight_decay: NonNegative = 0.0
+    """Of convolutions and linear layers."""
+    norm_weight_decay: NonNegative | None = None
+    """Of batch norms and biases; by default `weight_decay`, as in the authors' code."""
+    neuron_weight_decay: NonNegative | None = None
+    """Of the neurons' weights and thresholds; by default `weight_decay`."""
+    neuron_lr_scale: NonNegative = 1.0
+    """Learning rate of the neurons' parameters, relative to `lr`."""
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the gradient; none: not clipped."""
+    args: dict[str, Scalar | list[float]] = {}
+    """Further arguments of the optimiser, such as `betas`, `eps`."""
+
+
+class Schedule(Section):
+    name: Literal["cosine", "constant"] = "cosine"
+    epochs: Positive | None = None
+    """Length of the run in passes over the training samples."""
+    steps: Positive | None = None
+    """Length of the run in updates, in place of `epochs`."""
+    by: Literal["epoch", "step"] = "epoch"
+    """When the learning rate moves."""
+    warmup_epochs: NonNegative = 0.0
+    """Length of the linear warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """The same in updates."""
+    warmup_lr: NonNegative = 0.0
+    """Where the warm-up starts."""
+    min_lr: NonNegative = 0.0
+    """Where the cosine ends."""
+    lambda_ramp: Annotated[float, Field(gt=0)] = 8.0
+    """Masked PSN: lambda = min(lambda_ramp * e / (E - 1), 1) in epoch e of E."""
+    stop_after_steps: Positive | None = None
+    """End early, after that many updates, with the schedule of the whole length."""
+
+
+class Precision(Section):
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of convolutions and linear layers in training (autocast); the neurons compute in float32 at any setting."""
+    eval_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """The same in evaluation."""
+    channels_last: bool = True
+    """Memory layout of images and features."""
+    compile: bool = False
+    """torch.compile the network."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits each time (slower on a GPU)."""
+    tf32: bool = True
+    """fp32 matrix products on tensor cores, on GPUs that have them."""
+
+
+class Ema(Section):
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of the moving average of the weights; none: no average."""
+    warmup: bool = False
+    """Let the decay grow from 0 in the beginning."""
+
+
+class Checkpoint(Section):
+    every_epochs: Positive | None = 1
+    """Save after that many epochs."""
+    every_steps: Positive | None = None
+    """Save after that many updates, too."""
+    keep_last: Positive = 2
+    """How many checkpoints stay, besides the best."""
+    select_by: Literal["top1", "ema_top1", "loss"] | None = None
+    """What the best is chosen by; by default `ema_top1` with an EMA, else `top1`."""
+    accept_changes: bool = False
+    """Go on with a run although the recipe has changed since."""
+
+
+class Log(Section):
+    every_steps: Positive = 50
+    """Updates between two lines; only then is a value fetched from the device."""
+    eval_every_epochs: Positive = 1
+    """Epochs between two evaluations; the last epoch is always evaluated."""
+    firing_rates: bool = True
+    """Measure every neuron layer in each evaluation."""
+    trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+    """Where the metrics go besides metrics.jsonl."""
+    wandb_project: str = "psn_train"
+
+
+class Recipe(Section):
+    """A resolved recipe. See `load_recipe`."""
+
+    name: str
+    """Of the run and its folder; by default the file's name without `.yaml`."""
+    note: str = ""
+    """What it reproduces, and where it cannot be the same."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 2020
+    run_dir: str | None = None
+    """Folder of the run; by default `runs/NAME`."""
+    model: Model
+    data: Data
+    augment: Augment = Augment()
+    loss: Loss = Loss()
+    optim: Optim
+    schedule: Schedule
+    precision: Precision = Precision()
+    ema: Ema = Ema()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    @property
+    def run_path(self) -> Path:
+        return Path(self.run_dir if self.run_dir is not None else f"runs/{self.name}")
+
+    def resolved(self) -> dict[str, Any]:
+        """Every value, defaults included, as plain JSON types."""
+        return self.model_dump(mode="json")
+
+
+# what may differ between two starts of one run without changing a single weight
+NEUTRAL = (
+    "note",
+    "run_dir",
+    "data.train",
+    "data.val",
+    "data.workers",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.max_bad_samples",
+    "schedule.stop_after_steps",
+    "checkpoint",
+    "log",
+)
+
+
+def flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts -> {"optim.lr": 0.1, ...}. Empty dicts stay as values."""
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def decisive(document: dict[str, Any]) -> dict[str, Any]:
+    """The flat values of a resolved recipe that decide the weights: all but the neutral ones."""
+    return {
+        key: value
+        for key, value in flatten(document).items()
+        if not any(key == neutral or key.startswith(neutral + ".") for neutral in NEUTRAL)
+    }
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Twelve hexadecimal digits; equal for recipes that train the same weights."""
+    text = json.dumps(decisive(recipe.resolved()), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

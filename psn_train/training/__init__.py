@@ -1,0 +1,1 @@
+"""From batches to a checkpoint. `loop.train` is the page that tells the run."""

@@ -1,0 +1,87 @@
+"""Recipe -> data and network, with everything checked that can be checked before a device is touched."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+
+from torch import nn
+
+from psn_train.data.index import ShardIndex, load_index
+from psn_train.data.reader import SampleReader
+from psn_train.data.stream import check_counts
+from psn_train.recipe import Recipe
+
+
+def open_shards(recipe: Recipe, split: str) -> SampleReader:
+    """Reader of the recipe's `train` or `val` shards, their counts held against the recipe.
+
+    Raises:
+        ShardError: no index, or another number of samples than the recipe wants.
+    """
+    data = recipe.data
+    index = load_index(getattr(data, split))
+    check_counts(index, getattr(data, f"{split}_samples"), f"data.{split}_samples")
+    cache = data.cache_dir or recipe.run_path / "shards"
+    return SampleReader(index, cache_dir=cache, cache_bytes=data.cache_gb * 1e9)
+
+
+def same_classes(train: ShardIndex, val: ShardIndex) -> None:
+    """Raises ValueError where the two splits number their classes differently."""
+    if train.classes != val.classes:
+        differing = [
+            f"{number}: {a!r} and {b!r}"
+            for number, (a, b) in enumerate(zip(train.classes, val.classes, strict=False))
+            if a != b
+        ]
+        raise ValueError(
+            f"the training shards have {len(train.classes)} classes and the validation shards {len(val.classes)}; "
+            f"first differences: {'; '.join(differing[:3]) or 'the number'}"
+        )
+
+
+def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The recipe's network, on the CPU, initialised from the global generator, or from `model.init_from`.
+
+    Args:
+        num_classes: of the shards; `model.num_classes` goes before it.
+
+    Raises:
+        ValueError: unknown to timm, not one of this package's, or an argument it does not take.
+    """
+    import timm
+
+    import psn_train.models  # noqa: F401 (registers the architectures)
+
+    section = recipe.model
+    if not timm.is_model(section.name):
+        near = difflib.get_close_matches(section.name, timm.list_models("sew_*"), n=3, cutoff=0.5)
+        raise ValueError(
+            f"model.name: timm knows no {section.name!r}; near it: {', '.join(near) or 'nothing'}. "
+            "See timm.list_models('sew_*')."
+        )
+    arguments = dict(section.args)
+    for key in ("T", "k", "connect_function", "surrogate", "alpha", "in_chans"):
+        if key in arguments:
+            raise ValueError(f"model.args: {key} is a key of its own; write model.{key}")
+        arguments[key] = getattr(section, key)
+    try:
+        model = timm.create_model(section.name, num_classes=section.num_classes or num_classes, **arguments)
+    except TypeError as error:
+        raise ValueError(f"model.args: {section.name} does not take them: {error}") from error
+    if "per_step" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"model.name: {section.name} is no network over time-steps (its forward has no `per_step`); "
+            "take one of timm.list_models('sew_*')"
+        )
+    if section.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def class_count(recipe: Recipe, index: ShardIndex) -> int:
+    """Outputs of the network: the recipe's, which must not be fewer than the shards' classes."""
+    wanted = recipe.model.num_classes or len(index.classes)
+    if wanted < len(index.classes):
+        raise ValueError(f"model.num_classes: {wanted}, but {index.location} has {len(index.classes)} classes")
+    return wanted

@@ -1,0 +1,141 @@
+"""Evaluation: every sample of the index exactly once, sums first, one division last."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from psn_train.data.images import Normalizer
+from psn_train.data.index import ShardError
+from psn_train.data.reader import SampleReader
+from psn_train.data.stream import EvalStream, make_loader
+from psn_train.neurons import spiking_neurons
+from psn_train.recipe import Recipe
+from psn_train.training.metrics import FiringRates
+from psn_train.training.runtime import all_reduce_sum, autocast
+
+
+class EvaluationStopped(Exception):
+    """A signal came while the evaluation ran; nothing of it is reported."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures of one evaluation. Accuracies in percent; `count` samples were seen, each once."""
+
+    top1: float
+    top5: float
+    loss: float
+    count: int
+    bad: list[str] = field(default_factory=list)
+    firing: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def firing_rate(self) -> float | None:
+        """Mean over the layers."""
+        rates = [layer["rate"] for layer in self.firing.values()]
+        return sum(rates) / len(rates) if rates else None
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    recipe: Recipe,
+    reader: SampleReader,
+    *,
+    batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    firing: bool = False,
+    stop=None,
+    on_batch=None,
+) -> Result:
+    """Top-1, top-5 and cross entropy of the mean over T, on all samples of `reader`'s index.
+
+    Ranks take turns by batches and go through equally many rounds, so that a signal is agreed upon. Bad samples count
+    as wrong answers, up to `data.max_bad_samples`.
+
+    Args:
+        model: the bare network, not its DDP wrapper.
+        stop: a StopSignal that is polled once a round.
+        on_batch: called with the number of samples seen by this rank.
+
+    Raises:
+        ShardError: more bad samples than allowed, or another number of samples than in the index.
+        EvaluationStopped: a signal came.
+    """
+    was_training = model.training
+    model.eval()
+    stream = EvalStream(recipe, reader, batch_size, rank, world_size)
+    rounds = math.ceil(reader.index.num_samples / (batch_size * world_size))
+    loader = iter(
+        make_loader(stream, start=0, stop=len(stream), workers=recipe.data.workers, pin_memory=device.type == "cuda")
+    )
+    normalize = Normalizer(recipe.augment.mean, recipe.augment.std, device)
+    rates = FiringRates(model) if firing else None
+    # top-1, top-5, samples; and the loss apart: counts stay exact in float64
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    bad: list[str] = []
+    try:
+        for _ in range(rounds):
+            if stop is not None and stop.poll():
+                raise EvaluationStopped
+            batch = next(loader, None)
+            if batch is None:
+                continue
+            bad += batch.bad
+            if len(bad) > recipe.data.max_bad_samples:
+                raise ShardError(
+                    f"{len(bad)} unreadable samples, data.max_bad_samples is {recipe.data.max_bad_samples}:\n  "
+                    + "\n  ".join(bad)
+                )
+            images = normalize(batch.images.to(device, non_blocking=True))
+            if recipe.precision.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            targets = batch.targets.to(device, non_blocking=True)
+            with autocast(recipe.precision.eval_dtype, device):
+                logits = model(images)
+            logits = logits.float()
+            known = targets >= 0
+            top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            hits = (top5 == targets[:, None]) & known[:, None]
+            loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+            sums += torch.stack(
+                [hits[:, 0].sum().double(), hits.sum().double(), loss.double(), sums.new_tensor(len(known))]
+            )
+            if on_batch is not None:
+                on_batch(len(targets))
+    finally:
+        if rates is not None:
+            rates.close()
+        model.train(was_training)
+    all_reduce_sum(sums)
+    bad = _gather(bad, world_size)
+    top1, top5, loss, count = sums.tolist()
+    if count != reader.index.num_samples:
+        raise ShardError(
+            f"the evaluation saw {count:.0f} samples, the index of {reader.index.location} has "
+            f"{reader.index.num_samples}; no figure is reported"
+        )
+    names = [name for name, _ in spiking_neurons(model)]
+    return Result(
+        top1=100 * top1 / count,
+        top5=100 * top5 / count,
+        loss=loss / max(count - len(bad), 1),
+        count=int(count),
+        bad=bad,
+        firing=rates.result(names, device) if rates is not None else {},
+    )
+
+
+def _gather(items: list[str], world_size: int) -> list[str]:
+    if world_size == 1:
+        return items
+    from accelerate.utils import gather_object
+
+    return gather_object(items)

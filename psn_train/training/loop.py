@@ -1,0 +1,125 @@
+"""The run, on one page: build, resume, train, evaluate, save."""
+
+from __future__ import annotations
+
+import torch
+
+from psn_train.data.stream import TrainStream, make_loader
+from psn_train.recipe import Recipe, make_plan
+from psn_train.training.build import build_model, class_count, open_shards, same_classes
+from psn_train.training.evaluate import EvaluationStopped, evaluate
+from psn_train.training.optim import LearningRate, build_optimizer, masked_lambda
+from psn_train.training.run import Run
+from psn_train.training.runtime import EXIT_STOPPED, NonFiniteLoss, build_accelerator, seed_everything, set_precision
+from psn_train.training.step import DeviceAugment, Updater
+
+
+def train(recipe: Recipe) -> int:
+    """Train what the recipe says, going on from the run's last checkpoint if there is one.
+
+    Returns:
+        The exit status: 0 when the run is complete, `EXIT_STOPPED` when a signal stopped it and all is saved.
+
+    Raises:
+        ValueError: the recipe does not fit the data, the devices or an existing run (ShardError, PlanError, ...).
+        NonFiniteLoss: the loss is infinite or NaN.
+    """
+    # everything that can be wrong without a device
+    train_reader = open_shards(recipe, "train")
+    val_reader = open_shards(recipe, "val") if recipe.data.val is not None else None
+    num_classes = class_count(recipe, train_reader.index)
+    if val_reader is not None:
+        same_classes(train_reader.index, val_reader.index)
+    accelerator = build_accelerator(recipe)
+    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
+    plan = make_plan(recipe, world_size=world_size, train_samples=train_reader.index.num_samples)
+    set_precision(recipe, device)
+
+    seed_everything(recipe.seed)
+    model = build_model(recipe, num_classes)
+    run = Run(recipe, plan, accelerator)
+    if recipe.model.init_from is not None and not run.resumes:
+        from psn_train.models.weights import load_ann
+
+        run.say(str(load_ann(model, recipe.model.init_from)))
+    if recipe.model.sync_bn and world_size > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(device)
+    if recipe.precision.channels_last:
+        model.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, recipe)
+    learning_rate = LearningRate(optimizer, recipe, plan)
+    run.track(model)
+    if recipe.precision.compile:
+        model.compile()
+    updater = Updater(
+        recipe, plan, accelerator.prepare(model), optimizer, DeviceAugment(recipe, num_classes, device), device
+    )
+    seed_everything(recipe.seed, 1 + rank)
+    run.resume(updater)
+    run.say(run.headline())
+
+    def evaluate_epoch(epoch: int) -> bool:
+        """True where the selected figure is the best so far."""
+        run.average_batch_norm()
+        # hooks count the spikes, and a compiled graph would not call them
+        with torch.compiler.set_stance("force_eager" if recipe.log.firing_rates else "default"):
+            results = {
+                which: evaluate(
+                    network,
+                    recipe,
+                    val_reader,
+                    batch_size=recipe.data.eval_batch_per_device or plan.micro_batch_size,
+                    device=device,
+                    rank=rank,
+                    world_size=world_size,
+                    firing=recipe.log.firing_rates,
+                    stop=run.stop,
+                )
+                for which, network in run.networks()
+            }
+        return run.note_evaluation(epoch, results)
+
+    final_step = min(plan.total_steps, recipe.schedule.stop_after_steps or plan.total_steps)
+    loader = make_loader(
+        TrainStream(recipe, plan, train_reader, rank),
+        start=run.step * plan.grad_accum_steps,
+        stop=final_step * plan.grad_accum_steps,
+        workers=recipe.data.workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches = run.waiting_for(loader)
+    stopping = False
+    try:
+        while not stopping and (run.step < final_step or run.owed_epoch is not None):
+            ended = run.owed_epoch
+            if ended is None:
+                learning_rate.set(run.step)
+                run.set_lambda(masked_lambda(recipe, plan, plan.epoch_of(run.step)))
+                used = updater.run(batches, run.step)
+                run.after_update(updater, used, log_now=run.step + 1 == final_step)
+                ended = plan.epoch_ended_by(run.step)
+                if ended is None and run.step == final_step:
+                    ended = plan.epoch_of(run.step - 1)
+                if run.evaluation_due(ended, last=run.step == final_step):
+                    run.owed_epoch = ended
+            stopping = run.stop.poll()
+            improved = False
+            if run.owed_epoch is not None and not stopping:
+                try:
+                    improved = evaluate_epoch(run.owed_epoch)
+                    run.owed_epoch = None
+                except EvaluationStopped:
+                    stopping = True
+            if stopping or improved or run.save_due(ended, last=run.step == final_step):
+                run.save(updater, improved)
+        complete = run.step == final_step and run.owed_epoch is None
+        run.finish(complete)
+    except RuntimeError as error:
+        blame = updater.guard.blame()
+        if blame is not None:
+            raise NonFiniteLoss(blame) from error
+        raise
+    finally:
+        run.close()
+    return 0 if complete else EXIT_STOPPED

@@ -1,0 +1,144 @@
+"""What a run tells: metrics.jsonl, the trackers, the terminal; and how the neurons fire."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from psn_train.neurons import spiking_neurons
+from psn_train.training.runtime import all_reduce_sum
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line. Its length belongs to the checkpoint, so a resumed run repeats no line."""
+
+    def __init__(self, path: Path, keep_bytes: int | None):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        if keep_bytes is not None and path.exists() and path.stat().st_size > keep_bytes:
+            with open(path, "r+b") as file:
+                file.truncate(keep_bytes)
+        self.file = open(path, "ab")  # noqa: SIM115 (open as long as the run)
+
+    def write(self, record: dict) -> None:
+        self.file.write((json.dumps(record) + "\n").encode())
+        self.file.flush()
+
+    def flushed_size(self) -> int:
+        """Bytes so far, on the disk."""
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class FiringRates:
+    """Counts the spikes of every neuron layer while the model runs.
+
+    A neuron here is one channel at one position. dead: it never fired on the whole data; saturated: it fired at every
+    time-step of every sample.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.counts: dict[str, torch.Tensor] = {}
+        self.seen: dict[str, int] = {}
+        self.hooks = [
+            module.register_forward_hook(self._hook(name), with_kwargs=False) for name, module in spiking_neurons(model)
+        ]
+
+    def _hook(self, name: str):
+        def count(_module, _inputs, spike_seq: torch.Tensor) -> None:
+            # [T, N, ...] -> spikes of each neuron over time and batch
+            fired = spike_seq.detach().sum(dim=(0, 1), dtype=torch.float32)
+            self.counts[name] = self.counts[name] + fired if name in self.counts else fired
+            self.seen[name] = self.seen.get(name, 0) + spike_seq.shape[0] * spike_seq.shape[1]
+
+        return count
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def result(self, names: list[str], device: torch.device) -> dict[str, dict[str, float]]:
+        """{layer: {"rate", "dead", "saturated"}} over all ranks. `names`: all layers, for ranks that saw no sample."""
+        report = {}
+        for name in names:
+            seen = torch.tensor(float(self.seen.get(name, 0)), dtype=torch.float64, device=device)
+            counts = self.counts.get(name)
+            size = torch.tensor(0 if counts is None else counts.numel(), device=device)
+            shared = size.clone()
+            if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+                torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+            if counts is None:
+                counts = torch.zeros(int(shared), device=device)
+            counts = counts.flatten().double()
+            all_reduce_sum(seen, counts)
+            report[name] = {
+                "rate": float(counts.mean() / seen),
+                "dead": float((counts == 0).double().mean()),
+                "saturated": float((counts == seen).double().mean()),
+            }
+        return report
+
+
+class Display:
+    """The terminal of the main process: a progress bar where there is one, a line at each log step where not."""
+
+    def __init__(self, *, enabled: bool, total: int, start: int, name: str):
+        from rich.console import Console
+
+        self.enabled = enabled
+        self.console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self.progress = None
+        self.total = total
+        if enabled and (sys.stdout.isatty() or os.environ.get("FORCE_COLOR")):
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.progress.add_task(name, total=total, completed=start, figures="")
+            self.progress.start()
+        self.begin, self.begin_step = time.monotonic(), start
+
+    def step(self, step: int) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, completed=step)
+
+    def train(self, record: dict) -> None:
+        figures = f"loss {record['loss']:.4f}  top-1 {record['top1']:.2f} %  {record['images_per_s']:.0f} img/s"
+        if self.progress is not None:
+            self.progress.update(self.task, completed=record["step"], figures=figures)
+        elif self.enabled:
+            done = record["step"] - self.begin_step
+            left = (time.monotonic() - self.begin) / max(done, 1) * (self.total - record["step"])
+            self.console.print(
+                f"epoch {record['epoch'] + 1}  step {record['step']}/{self.total}  {figures}  "
+                f"lr {record['lr']:.4g}  data {record['data_wait']:.0%}  ETA {_clock(left)}"
+            )
+
+    def say(self, text: str) -> None:
+        if self.enabled:
+            self.console.print(text)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

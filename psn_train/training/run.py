@@ -1,0 +1,418 @@
+"""A run's folder and its memory: counters, checkpoints, metrics, results.
+
+runs/NAME/
+  recipe.json     the resolved recipe
+  metrics.jsonl   a line for each log step and each evaluation
+  results.json    best and last, when the run is complete
+  tensorboard/    where the recipe asks for it
+  checkpoints/    see checkpoint.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import psn_train
+from psn_train.data.index import ShardError
+from psn_train.data.stream import Batch
+from psn_train.neurons import get_lambda, set_lambda
+from psn_train.recipe import Plan, Recipe, decisive, flatten, recipe_hash
+from psn_train.training.checkpoint import (
+    Checkpoint,
+    clean,
+    last_checkpoint,
+    load_optimizer_by_name,
+    optimizer_by_name,
+    read_checkpoint,
+    save_checkpoint,
+)
+from psn_train.training.evaluate import Result
+from psn_train.training.metrics import Display, MetricsFile
+from psn_train.training.runtime import RankState, StopSignal, all_reduce_sum, average_batch_norm
+from psn_train.training.step import Updater
+
+
+class RunError(ValueError):
+    """A run's folder does not fit what is asked of it."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the weights."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"psn_train": psn_train.__version__, "python": platform.python_version()}
+    for package in ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy", "pillow"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+class Run:
+    """One process's view of the run. Only the main process writes."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, accelerator):
+        self.recipe, self.plan, self.accelerator = recipe, plan, accelerator
+        self.path = recipe.run_path
+        self.device, self.is_main = accelerator.device, accelerator.is_main_process
+        self.step = 0
+        self.owed_epoch: int | None = None
+        self.results: dict[str, dict | None] = {"best": None, "last": None}
+        self.bad: list[str] = []
+        self.seconds = 0.0
+        self.waited = 0.0
+        self.ema = None
+        self.stop = StopSignal()
+        self._started = self._last_log = time.monotonic()
+        self._lock = None
+        if self.is_main:
+            self._lock_folder()
+            clean(self.checkpoints)
+        accelerator.wait_for_everyone()
+        found = last_checkpoint(self.checkpoints)
+        self.saved = read_checkpoint(found) if found is not None else None
+        if self.saved is not None:
+            self._check_same_recipe(self.saved.meta["recipe"])
+
+    @property
+    def checkpoints(self):
+        return self.path / "checkpoints"
+
+    @property
+    def resumes(self) -> bool:
+        return self.saved is not None
+
+    def _lock_folder(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held as long as the run)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"{self.path}: another process trains in this folder; set run_dir to another one") from error
+
+    def _check_same_recipe(self, saved: dict) -> None:
+        before, now = decisive(saved), decisive(self.recipe.resolved())
+        changed = [
+            f"  {key}: {before.get(key, 'nothing')!r} then, {now.get(key, 'nothing')!r} now"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key)
+        ]
+        if changed and not self.recipe.checkpoint.accept_changes:
+            raise RunError(
+                f"{self.path} holds a run of another recipe:\n" + "\n".join(changed) + "\nTrain in another folder "
+                "(run_dir=...), or go on with the change through checkpoint.accept_changes=true."
+            )
+
+    def track(self, model: nn.Module) -> None:
+        """Take the network on its device, and build its moving average."""
+        self.model = model
+        if self.recipe.ema.decay is not None:
+            from timm.utils import ModelEmaV3
+
+            self.ema = ModelEmaV3(model, decay=self.recipe.ema.decay, use_warmup=self.recipe.ema.warmup)
+
+    def networks(self) -> list[tuple[str, nn.Module]]:
+        """What is evaluated: the model, and its moving average."""
+        return [("model", self.model)] + ([("ema", self.ema.module)] if self.ema is not None else [])
+
+    def resume(self, updater: Updater) -> None:
+        """Put everything back as it was, and open the logs."""
+        saved, keep_bytes = self.saved, 0
+        if saved is not None:
+            self.model.load_state_dict(saved.model)
+            if self.ema is not None and saved.ema is not None:
+                self.ema.module.load_state_dict(saved.ema)
+            load_optimizer_by_name(updater.optimizer, self.model, saved.optimizer)
+            meta = saved.meta
+            updater.scaler.load_state_dict(meta["scaler"])
+            self.step, self.owed_epoch = meta["step"], meta["owed_epoch"]
+            self.results, self.seconds = meta["results"], meta["seconds"]
+            # the names of all ranks; one of them goes on counting from there
+            self.bad = meta["bad"] if self.is_main else []
+            keep_bytes = meta["metrics_bytes"]
+            rank = self.accelerator.process_index
+            if len(saved.ranks) == self.plan.world_size:
+                saved.ranks[rank].restore(self.model, self.device)
+                updater.window.copy_(saved.ranks[rank].tensors["window"])
+            else:
+                self.say(
+                    f"saved by {len(saved.ranks)} processes, resumed by {self.plan.world_size}: the samples and their "
+                    "order stay; dropout and mixing draw from new random numbers"
+                )
+            if meta["lambda"] is not None:
+                self.set_lambda(meta["lambda"])
+        self.metrics = MetricsFile(self.path / "metrics.jsonl", keep_bytes) if self.is_main else None
+        if self.is_main:
+            text = json.dumps(self.recipe.resolved(), indent=1)
+            (self.path / "recipe.json").write_text(text + "\n", encoding="utf-8")
+        if self.recipe.log.trackers:
+            config = {
+                key: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
+                for key, value in flatten(self.recipe.resolved()).items()
+            }
+            self.accelerator.init_trackers(
+                self.recipe.log.wandb_project if "wandb" in self.recipe.log.trackers else self.recipe.name,
+                config=config,
+                init_kwargs={
+                    "tensorboard": {"purge_step": self.step},
+                    "wandb": {"name": self.recipe.name, "id": self.recipe.name, "resume": "allow"},
+                },
+            )
+        self.display = Display(
+            enabled=self.is_main, total=self.plan.total_steps, start=self.step, name=self.recipe.name
+        )
+        self._started = self._last_log = time.monotonic()
+        self._last_step = self.step
+        self.saved = None
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            print(text, flush=True) if not hasattr(self, "display") else self.display.say(text)
+
+    def headline(self) -> str:
+        """One line on what is about to run, and where."""
+        plan, recipe = self.plan, self.recipe
+        place = str(self.device) if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        begin = f"goes on after step {self.step}" if self.step else "starts"
+        return (
+            f"{recipe.name} {begin}: {recipe.model.name}, T = {recipe.model.T}, {plan.train_samples} samples, "
+            f"{plan.world_size} x {place}, batch {plan.global_batch_size} = {plan.world_size} x "
+            f"{plan.micro_batch_size} x {plan.grad_accum_steps} (accumulated), {plan.total_steps} steps, "
+            f"{recipe.precision.dtype}, recipe {recipe_hash(recipe)}, in {self.path}"
+        )
+
+    def waiting_for(self, loader: DataLoader) -> Iterator[Batch]:
+        """The loader's batches; the seconds that nothing was ready are added up."""
+        batches = iter(loader)
+        while True:
+            begin = time.monotonic()
+            batch = next(batches, None)
+            self.waited += time.monotonic() - begin
+            if batch is None:
+                return
+            yield batch
+
+    def set_lambda(self, value: float) -> None:
+        """Blend of the masked PSNs' bands, in the network and in its moving average."""
+        for _, network in self.networks():
+            if get_lambda(network) is not None:
+                set_lambda(network, value)
+
+    def after_update(self, updater: Updater, used: list[Batch], log_now: bool) -> None:
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step)
+        self._note_bad([name for batch in used for name in batch.bad])
+        if log_now or self.step % self.recipe.log.every_steps == 0:
+            self._log_training(updater)
+        self.display.step(self.step)
+
+    def _note_bad(self, names: list[str]) -> None:
+        if not names:
+            return
+        self.bad += names
+        print("unreadable sample, another one in its place: " + "; ".join(names), flush=True)
+        if len(self.bad) > self.recipe.data.max_bad_samples:
+            raise ShardError(
+                f"{len(self.bad)} unreadable samples, data.max_bad_samples is {self.recipe.data.max_bad_samples}:\n  "
+                + "\n  ".join(self.bad)
+                + "\nCheck the shards with `psn shards verify`, or allow more."
+            )
+
+    def _log_training(self, updater: Updater) -> None:
+        now = time.monotonic()
+        window = updater.window.clone()
+        bad = torch.tensor([float(len(self.bad)), self.waited], dtype=torch.float64, device=self.device)
+        all_reduce_sum(window, bad)
+        loss, hits, samples, norm, updates = window.tolist()
+        unreadable, waited = bad.tolist()
+        world_size, steps = self.plan.world_size, max(self.step - self._last_step, 1)
+        elapsed = now - self._last_log
+        record = {
+            "kind": "train",
+            "step": self.step,
+            "epoch": self.plan.epoch_of(self.step - 1),
+            "loss": loss / updates,
+            "top1": 100 * hits / samples,
+            "lr": updater.optimizer.param_groups[0]["lr"],
+            "images_per_s": steps * self.plan.global_batch_size / elapsed,
+            "data_wait": min(waited / world_size / elapsed, 1.0),
+            "bad_samples": int(unreadable),
+        }
+        if self.recipe.optim.clip_grad_norm is not None:
+            record["grad_norm"] = norm / updates
+        if updater.scaler.is_enabled():
+            record["loss_scale"] = updater.scaler.get_scale()
+        if (lambda_ := get_lambda(self.model)) is not None:
+            record["lambda"] = lambda_
+        if self.device.type == "cuda":
+            record["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        updater.window.zero_()
+        self.waited, self._last_log, self._last_step = 0.0, now, self.step
+        if self.is_main:
+            self.metrics.write(record)
+            self.display.train(record)
+        self.accelerator.log(
+            {f"train/{key}": value for key, value in record.items() if key not in ("kind", "step")}, step=self.step
+        )
+        if unreadable > self.recipe.data.max_bad_samples:
+            raise ShardError(
+                f"{unreadable:.0f} unreadable samples over all ranks, data.max_bad_samples is "
+                f"{self.recipe.data.max_bad_samples}; each rank's output names its own"
+            )
+
+    def average_batch_norm(self) -> None:
+        """One set of batch norm statistics for all ranks: their mean."""
+        for _, network in self.networks():
+            buffers = dict(network.named_buffers())
+            for name, value in average_batch_norm(network).items():
+                buffers[name].copy_(value)
+
+    def evaluation_due(self, ended: int | None, last: bool) -> bool:
+        if ended is None or self.recipe.data.val is None:
+            return False
+        return last or (ended + 1) % self.recipe.log.eval_every_epochs == 0
+
+    def note_evaluation(self, epoch: int, results: dict[str, Result]) -> bool:
+        """Write the results down; True where the selected figure is the best so far (the first of equals stays)."""
+        selected = self.recipe.checkpoint.select_by or ("ema_top1" if "ema" in results else "top1")
+        record: dict = {"kind": "eval", "step": self.step, "epoch": epoch}
+        for which, result in results.items():
+            prefix = "ema_" if which == "ema" else ""
+            record |= {f"{prefix}top1": result.top1, f"{prefix}top5": result.top5, f"{prefix}loss": result.loss}
+        main = results["model"]
+        record |= {"count": main.count, "unreadable": main.bad}
+        if (lambda_ := get_lambda(self.model)) is not None:
+            record["lambda"] = lambda_
+        summary = {**record, "selected_by": selected}
+        if main.firing:
+            record |= {"firing_rate": main.firing_rate, "firing": main.firing}
+        best = self.results["best"]
+        value = record[selected]
+        improved = best is None or (value < best[selected] if selected == "loss" else value > best[selected])
+        if improved:
+            self.results["best"] = summary
+        self.results["last"] = summary
+        if self.is_main:
+            self.metrics.write(record)
+            self.display.say(self._evaluation_line(epoch, record))
+        scalars = {f"eval/{key}": value for key, value in record.items() if isinstance(value, float)}
+        for layer, figures in main.firing.items():
+            scalars |= {f"{key}/{layer}": value for key, value in figures.items()}
+        self.accelerator.log(scalars, step=self.step)
+        self._last_log = time.monotonic()
+        return improved
+
+    def _evaluation_line(self, epoch: int, record: dict) -> str:
+        best, selected = self.results["best"], self.results["best"]["selected_by"]
+        text = (
+            f"epoch {epoch + 1} evaluated on {record['count']}: top-1 {record['top1']:.2f} %, "
+            f"top-5 {record['top5']:.2f} %, loss {record['loss']:.4f}"
+        )
+        if "ema_top1" in record:
+            text += f"; EMA top-1 {record['ema_top1']:.2f} %"
+        text += f"; best {selected} {best[selected]:.2f} (epoch {best['epoch'] + 1})"
+        if "firing" in record:
+            dead = sum(layer["dead"] for layer in record["firing"].values()) / len(record["firing"])
+            text += f"; firing {record['firing_rate']:.3f}, dead {dead:.1%}"
+        if record.get("lambda", 1.0) < 1.0:
+            text += f"; masked PSN with lambda = {record['lambda']:.3f} < 1: not causal yet"
+        return text
+
+    def save_due(self, ended: int | None, last: bool) -> bool:
+        every = self.recipe.checkpoint
+        by_step = every.every_steps is not None and self.step % every.every_steps == 0
+        by_epoch = ended is not None and every.every_epochs is not None and (ended + 1) % every.every_epochs == 0
+        return last or by_step or by_epoch
+
+    def save(self, updater: Updater, improved: bool) -> None:
+        """A checkpoint of this very step; every rank takes part, the main process writes."""
+        from accelerate.utils import gather_object
+
+        state = RankState.capture(self.model, self.device)
+        state.tensors["window"] = updater.window.cpu()
+        gathered = gather_object([(state, self.bad)]) if self.plan.world_size > 1 else [(state, self.bad)]
+        model = {**self.model.state_dict(), **average_batch_norm(self.model)}
+        ema = None
+        if self.ema is not None:
+            ema = {**self.ema.module.state_dict(), **average_batch_norm(self.ema.module)}
+        if self.is_main:
+            selected = self.results["best"]["selected_by"] if improved else None
+            meta = {
+                "step": self.step,
+                "samples_seen": self.step * self.plan.global_batch_size,
+                "epoch": self.step * self.plan.global_batch_size / self.plan.train_samples,
+                "owed_epoch": self.owed_epoch,
+                "lambda": get_lambda(self.model),
+                "scaler": updater.scaler.state_dict(),
+                "results": self.results,
+                "bad": sorted({name for _, bad in gathered for name in bad}),
+                "seconds": self.seconds + time.monotonic() - self._started,
+                "metrics_bytes": self.metrics.flushed_size(),
+                "num_classes": self.model.num_classes,
+                "recipe": self.recipe.resolved(),
+                "recipe_hash": recipe_hash(self.recipe),
+                "versions": versions(),
+                "world_size": self.plan.world_size,
+                "device": str(self.device) if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
+            }
+            checkpoint = Checkpoint(
+                meta=meta,
+                model=model,
+                ema=ema,
+                optimizer=optimizer_by_name(updater.optimizer, self.model),
+                ranks=[state for state, _ in gathered],
+            )
+            save_checkpoint(
+                self.checkpoints,
+                checkpoint,
+                keep_last=self.recipe.checkpoint.keep_last,
+                best={"metric": selected, "value": self.results["best"][selected]} if improved else None,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def finish(self, complete: bool) -> None:
+        """Say how it ended, and write results.json if it is over."""
+        seconds = self.seconds + time.monotonic() - self._started
+        if not complete:
+            self.say(
+                f"stopped by {self.stop.caught or 'a signal to another rank'} after step {self.step}; all is saved"
+            )
+            return
+        if self.is_main:
+            document = {
+                "name": self.recipe.name,
+                "recipe_hash": recipe_hash(self.recipe),
+                "steps": self.step,
+                "seconds": seconds,
+                "bad_samples": self.bad,
+                **self.results,
+            }
+            aside = self.path / ".results.json.tmp"
+            aside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            os.replace(aside, self.path / "results.json")
+        best, last = self.results["best"], self.results["last"]
+        text = f"{self.recipe.name} is complete: {self.step} steps, {seconds:.0f} s"
+        if best is not None:
+            figure = best["selected_by"]
+            text += f"; best {figure} {best[figure]:.2f} (epoch {best['epoch'] + 1}), last {last[figure]:.2f}"
+        self.say(text)
+
+    def close(self) -> None:
+        self.stop.close()
+        if hasattr(self, "display"):
+            self.display.close()
+        if self.is_main and getattr(self, "metrics", None) is not None:
+            self.metrics.close()
+        self.accelerator.end_training()
+        if self._lock is not None:
+            self._lock.close()
