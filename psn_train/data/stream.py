@@ -137,8 +137,14 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def make_loader(stream: Dataset, *, start: int, stop: int, workers: int, pin_memory: bool) -> DataLoader:
-    """Items start to stop - 1 of a stream, in order, prepared by `workers` processes."""
+def make_loader(
+    stream: Dataset, *, start: int, stop: int, workers: int, pin_memory: bool, keep_workers: bool = False
+) -> DataLoader:
+    """Items start to stop - 1 of a stream, in order, prepared by `workers` processes.
+
+    Args:
+        keep_workers: the processes outlive an iteration, for a loader that is gone through again and again.
+    """
     return DataLoader(
         stream,
         batch_size=None,
@@ -146,6 +152,7 @@ def make_loader(stream: Dataset, *, start: int, stop: int, workers: int, pin_mem
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
+        persistent_workers=keep_workers and workers > 0,
         worker_init_fn=_one_thread,
     )
 

@@ -20,25 +20,14 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from psn_train.neurons import NEURONS, Neuron, build_neuron, reset, set_step_mode
+from psn_train.models.blocks import CONNECT_FUNCTIONS, BasicBlock, Block, Bottleneck, conv, per_image
+from psn_train.neurons import NEURONS, Neuron, build_neuron, reset, set_step_mode, spiking_neurons
 
-__all__ = ["CONNECT_FUNCTIONS", "DEPTHS", "SEWResNet", "join"]
-
-# ADD: sum of spikes; AND: both fire; IAND: the shortcut fires and the residual branch does not
-CONNECT_FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "ADD": lambda identity, out: identity + out,
-    "AND": lambda identity, out: identity * out,
-    "IAND": lambda identity, out: identity * (1.0 - out),
-}
+__all__ = ["DEPTHS", "SEWResNet"]
 
 STEM_POOLS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
 STEMS = ("7x7", "3x3")
 GLOBAL_POOLS = ("avg", "max", "")
-
-
-def join(identity: Tensor, out: Tensor, connect_function: str = "ADD") -> Tensor:
-    """The element-wise join of the shortcut and the residual branch, in this order in every block. [...] -> [...]."""
-    return CONNECT_FUNCTIONS[connect_function](identity, out)
 
 
 def _choose(where: str, name: str, value, choices) -> None:
@@ -46,78 +35,8 @@ def _choose(where: str, name: str, value, choices) -> None:
         raise ValueError(f"{where}: got {name}={value!r}, wanted one of {', '.join(map(repr, choices))}")
 
 
-def _per_image(x_seq: Tensor, *layers: nn.Module) -> Tensor:
-    """Layers that know nothing of time. [T, N, C, H, W] -> [T, N, C', H', W']."""
-    y = x_seq.flatten(0, 1)  # [T * N, C, H, W]
-    for layer in layers:
-        y = layer(y)
-    return y.unflatten(0, x_seq.shape[:2])
-
-
-def _conv(in_chans: int, out_chans: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_chans, out_chans, kernel, stride, padding=kernel // 2, bias=False)
-
-
-class _Block(nn.Module):
-    """What the two kinds of block share: the shortcut and the join."""
-
-    expansion = 1
-
-    def __init__(self, in_chans: int, out_chans: int, stride: int, neuron: Callable[[], Neuron], connect: str):
-        super().__init__()
-        self.connect_function = connect
-        self.downsample = self.downsample_sn = None
-        if stride != 1 or in_chans != out_chans:
-            self.downsample = nn.Sequential(_conv(in_chans, out_chans, 1, stride), nn.BatchNorm2d(out_chans))
-            self.downsample_sn = neuron()
-
-    def residual(self, x_seq: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, x_seq: Tensor) -> Tensor:
-        """[T, N, C, H, W] -> [T, N, C', H', W']."""
-        identity = x_seq
-        if self.downsample is not None:
-            identity = self.downsample_sn(_per_image(x_seq, self.downsample))
-        return join(identity, self.residual(x_seq), self.connect_function)
-
-    def extra_repr(self) -> str:
-        return f"connect_function={self.connect_function}"
-
-
-class BasicBlock(_Block):
-    """Two 3x3 convolutions, each with batch norm and neuron."""
-
-    def __init__(self, in_chans: int, width: int, stride: int, neuron: Callable[[], Neuron], connect: str):
-        super().__init__(in_chans, width, stride, neuron, connect)
-        self.conv1, self.bn1, self.sn1 = _conv(in_chans, width, 3, stride), nn.BatchNorm2d(width), neuron()
-        self.conv2, self.bn2, self.sn2 = _conv(width, width, 3), nn.BatchNorm2d(width), neuron()
-
-    def residual(self, x_seq: Tensor) -> Tensor:
-        x_seq = self.sn1(_per_image(x_seq, self.conv1, self.bn1))
-        return self.sn2(_per_image(x_seq, self.conv2, self.bn2))
-
-
-class Bottleneck(_Block):
-    """1x1, 3x3 (with the stride, as torchvision has it), 1x1 convolutions, each with batch norm and neuron."""
-
-    expansion = 4
-
-    def __init__(self, in_chans: int, width: int, stride: int, neuron: Callable[[], Neuron], connect: str):
-        out_chans = width * self.expansion
-        super().__init__(in_chans, out_chans, stride, neuron, connect)
-        self.conv1, self.bn1, self.sn1 = _conv(in_chans, width, 1), nn.BatchNorm2d(width), neuron()
-        self.conv2, self.bn2, self.sn2 = _conv(width, width, 3, stride), nn.BatchNorm2d(width), neuron()
-        self.conv3, self.bn3, self.sn3 = _conv(width, out_chans, 1), nn.BatchNorm2d(out_chans), neuron()
-
-    def residual(self, x_seq: Tensor) -> Tensor:
-        x_seq = self.sn1(_per_image(x_seq, self.conv1, self.bn1))
-        x_seq = self.sn2(_per_image(x_seq, self.conv2, self.bn2))
-        return self.sn3(_per_image(x_seq, self.conv3, self.bn3))
-
-
 # depth -> kind of block, blocks per stage; 10 is for small images and for tests
-DEPTHS: dict[int, tuple[type[_Block], tuple[int, int, int, int]]] = {
+DEPTHS: dict[int, tuple[type[Block], tuple[int, int, int, int]]] = {
     10: (BasicBlock, (1, 1, 1, 1)),
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
@@ -139,7 +58,7 @@ class SEWResNet(nn.Module):
         surrogate, alpha: surrogate gradient: atan, sigmoid, triangle or rectangle, and its sharpness.
         stem: "7x7" convolution of stride 2 and a pool, for ImageNet; "3x3" of stride 1 without, for 28 to 64 pixels.
         stem_pool: "avg" as in the paper's code, "max" as in SpikingJelly.
-        pe: add a learned embedding [T, 1, 1, 1, 1] to the image, as the authors' released code does; the stem then
+        pe: add a learned number per time-step to the image, as the authors' released code does; the stem then
             runs at every step.
         width: channels of the first stage.
         drop_rate: dropout before the classifier. global_pool: "avg", "max", or "" (needs num_classes=0).
@@ -181,8 +100,8 @@ class SEWResNet(nn.Module):
         _choose(where, "stem_pool", stem_pool, STEM_POOLS)
         if T < 1 or in_chans < 1 or num_classes < 0 or width < 1:
             raise ValueError(
-                f"{where}: got T={T}, in_chans={in_chans}, num_classes={num_classes}, width={width}; wanted at least 1, "
-                "1, 0 and 1"
+                f"{where}: got T={T}, in_chans={in_chans}, num_classes={num_classes}, width={width}; wanted at "
+                "least 1, 1, 0 and 1"
             )
         block, blocks = DEPTHS[depth]
         accepted = NEURONS[neuron][1]
@@ -206,9 +125,10 @@ class SEWResNet(nn.Module):
         self.grad_checkpointing = False
         self._t = 0
 
-        self.pe = nn.Parameter(torch.empty(T, 1, 1, 1, 1)) if pe else None
+        # one axis, because model.to(memory_format=torch.channels_last) refuses a parameter of five
+        self.pe = nn.Parameter(torch.empty(T)) if pe else None
         large = stem == "7x7"
-        self.conv1 = _conv(in_chans, width, 7, 2) if large else _conv(in_chans, width, 3)
+        self.conv1 = conv(in_chans, width, 7, 2) if large else conv(in_chans, width, 3)
         self.bn1 = nn.BatchNorm2d(width)
         self.sn1 = make_neuron()
         self.stem_pool = STEM_POOLS[stem_pool](3, 2, 1) if large else nn.Identity()
@@ -229,7 +149,7 @@ class SEWResNet(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Convolutions kaiming_normal (fan out, ReLU gain), batch norms 1 and 0, pe normal of 0.02; neurons have theirs."""
+        """Convolutions kaiming_normal (fan out, ReLU gain), pe normal with std 0.02; the rest initialises itself."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -248,7 +168,7 @@ class SEWResNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, C, H, W] or [T, N, C, H, W] -> [T, N, F, H', W']."""
-        x_seq = _per_image(self._stem(x), self.stem_pool)
+        x_seq = per_image(self._stem(x), self.stem_pool)
         for stage in self._stages():
             x_seq = self._run_stage(stage, x_seq)
         return x_seq
@@ -278,7 +198,7 @@ class SEWResNet(nn.Module):
         take, last = feature_take_indices(len(self.feature_info), indices)
         x_seq = self._stem(x)
         levels = [x_seq.mean(0)] if 0 in take else []
-        x_seq = _per_image(x_seq, self.stem_pool)
+        x_seq = per_image(x_seq, self.stem_pool)
         for level, stage in enumerate(self._stages(), start=1):
             if stop_early and level > last:
                 break
@@ -291,14 +211,16 @@ class SEWResNet(nn.Module):
         """[N, C, H, W] or [T, N, C, H, W] -> spikes [T, N, width, H', W'], before the pool."""
         self._check_input(x)
         if self.sn1.step_mode == "s":
-            raise ValueError("SEWResNet: its neurons are in step_mode 's'; call set_step_mode(model, 'm'), or model.step")
+            raise ValueError(
+                "SEWResNet: its neurons are in step_mode 's'; call set_step_mode(model, 'm'), or model.step"
+            )
         if self.pe is not None:
-            x_seq = (x if x.ndim == 5 else x.unsqueeze(0)) + self.pe
+            x_seq = (x if x.ndim == 5 else x.unsqueeze(0)) + self.pe.view(-1, 1, 1, 1, 1)
         elif x.ndim == 4:
             return self.sn1.forward_static(self.bn1(self.conv1(x)), self.T)
         else:
             x_seq = x
-        return self.sn1(_per_image(x_seq, self.conv1, self.bn1))
+        return self.sn1(per_image(x_seq, self.conv1, self.bn1))
 
     def _stages(self) -> list[nn.Module]:
         return [self.layer1, self.layer2, self.layer3, self.layer4]
@@ -329,7 +251,9 @@ class SEWResNet(nn.Module):
         if x.numel() == 0:
             raise ValueError(f"SEWResNet: got an empty batch, shape {tuple(x.shape)}, wanted {wanted}")
         if self.pe is not None and x.ndim == 5 and x.shape[0] != self.T:
-            raise ValueError(f"SEWResNet: got {x.shape[0]} frames, wanted T={self.T}, as pe has one entry for each step")
+            raise ValueError(
+                f"SEWResNet: got {x.shape[0]} frames, wanted T={self.T}, as pe has one entry for each step"
+            )
 
     # ---- one frame at a time
 
@@ -347,11 +271,13 @@ class SEWResNet(nn.Module):
         x = frame.unsqueeze(0)  # [1, N, C, H, W]
         if self.pe is not None:
             if self._t == self.T:
-                raise ValueError(f"SEWResNet.step: step {self._t + 1} of T={self.T}; call reset() before a new sequence")
+                raise ValueError(
+                    f"SEWResNet.step: step {self._t + 1} of T={self.T}; call reset() before a new sequence"
+                )
             x = x + self.pe[self._t]
         set_step_mode(self, "s")
         try:
-            x = _per_image(self.sn1(_per_image(x, self.conv1, self.bn1)), self.stem_pool)
+            x = per_image(self.sn1(per_image(x, self.conv1, self.bn1)), self.stem_pool)
             for stage in self._stages():
                 x = stage(x)
         finally:
@@ -385,7 +311,7 @@ class SEWResNet(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         return {
-            "stem": r"^(pe|conv1|bn1|sn1)(\.|$)",
+            "stem": r"^(?:pe|conv1|bn1|sn1)(?:\.|$)",
             "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)",
         }
 
@@ -403,16 +329,17 @@ class SEWResNet(nn.Module):
 
 @contextlib.contextmanager
 def _no_running_stats(stage: nn.Module):
-    """Batch norms normalise by the batch and leave their running statistics alone: a recomputation is no new batch."""
+    """Batch norms leave their running statistics and counters alone: a recomputation is no new batch."""
     norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    norms = [m for m in norms if m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    norms = [(m, m.momentum, m.num_batches_tracked) for m in norms if m.track_running_stats]
+    for norm, _, count in norms:
+        # the same operations on the same buffers, as checkpointing demands, without an effect
+        norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, count in norms:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 # ---- registration
@@ -435,22 +362,18 @@ def _cfg(**kwargs) -> dict:
 
 
 def _check_pretrained(state_dict: dict[str, Tensor], model: SEWResNet) -> dict[str, Tensor]:
-    """Refuse weights whose neurons are of another T or k than the model's, in words (timm's pretrained_filter_fn)."""
-    saved = getattr(model, "pretrained_model_args", {})
-    if model.k is not None and "k" in saved and saved["k"] != model.k:
-        raise ValueError(
-            f"SEWResNet: the weights were trained with k={saved['k']}, the model has k={model.k}; drop k, or take "
-            "pretrained=False"
-        )
+    """Refuse, in words, weights whose neurons are of another T or k than the model's (timm's pretrained_filter_fn)."""
     own = model.state_dict()
-    for name, tensor in state_dict.items():
-        if (name == "pe" or ".sn" in f".{name}" or "downsample_sn" in name) and name in own:
-            if tensor.shape != own[name].shape:
-                raise ValueError(
-                    f"SEWResNet: {name} has shape {list(tensor.shape)} in the weights and {list(own[name].shape)} in the "
-                    f"model: they were trained with another T or k than T={model.T}, k={model.k}; drop the override, or "
-                    "take pretrained=False"
-                )
+    neurons = {f"{name}.{key}" for name, neuron in spiking_neurons(model) for key in neuron.state_dict()} | {"pe"}
+    for name in neurons & own.keys() & state_dict.keys():
+        saved, mine = state_dict[name], own[name]
+        other_order = name.endswith(".order") and not torch.equal(saved.cpu(), mine.cpu())
+        if saved.shape != mine.shape or other_order:
+            got, wanted = (int(saved), int(mine)) if other_order else (list(saved.shape), list(mine.shape))
+            raise ValueError(
+                f"SEWResNet: {name} is {got} in the weights and {wanted} in the model, which has T={model.T}, "
+                f"k={model.k}; they were trained with another T or k: drop the override, or take pretrained=False"
+            )
     return state_dict
 
 

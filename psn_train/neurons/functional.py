@@ -14,14 +14,15 @@ Source: Fang et al., "Parallel Spiking Neurons with High Efficiency and Ability 
 NeurIPS 2023, arXiv 2304.12760.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from psn_train.neurons.layout import Layout, compute_dtype, from_rows, no_autocast, to_rows
 
 
 class Surrogate(NamedTuple):
@@ -101,53 +102,6 @@ def fire(
     return _Heaviside.apply(h, surrogate, alpha, dtype)
 
 
-# ---- layout and precision
-
-
-class Layout(NamedTuple):
-    """How a sequence lies in memory: the way back from rows [T, M]."""
-
-    time_first: tuple[int, ...]  # axes, time first, the others from the outermost in memory to the innermost
-    shape: tuple[int, ...]  # sizes of the axes but time, in that order
-    order: tuple[int, ...] | None  # all axes in memory order where time is not outermost, else None
-
-
-def _inverse(permutation: Sequence[int]) -> list[int]:
-    return [permutation.index(axis) for axis in range(len(permutation))]
-
-
-def to_rows(x_seq: Tensor) -> tuple[Tensor, Layout]:
-    """[T, ...] -> [T, M], a view wherever time is the outermost axis of a dense tensor, plus the way back."""
-    strides, axes = x_seq.stride(), range(x_seq.ndim)
-    # sorted() is stable: axes of equal stride (one of them has size 1) keep their order
-    order = tuple(sorted(axes, key=lambda axis: -strides[axis]))
-    time_first = (0, *(axis for axis in order if axis != 0))
-    time_inside = order[0] != 0 and x_seq.shape[0] > 1 and x_seq.permute(order).is_contiguous()
-    rows = x_seq.permute(time_first)
-    layout = Layout(time_first, tuple(rows.shape[1:]), order if time_inside else None)
-    return rows.reshape(x_seq.shape[0], -1), layout
-
-
-def from_rows(rows: Tensor, layout: Layout) -> Tensor:
-    """[T, M] -> [T, ...] as it lay in memory before `to_rows`; T may have changed."""
-    x_seq = rows.view(rows.shape[0], *layout.shape).permute(_inverse(layout.time_first))
-    if layout.order is not None:
-        x_seq = x_seq.permute(layout.order).contiguous().permute(_inverse(layout.order))
-    return x_seq
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32, or float64 if a tensor is float64."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    # the meta device knows no autocast
-    if x.device.type == "meta":
-        return contextlib.nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
-
-
 # ---- PSN: H = W X + B, S = Theta(H)
 
 
@@ -155,7 +109,7 @@ def psn_h(x_seq: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """H = W X + B, W [T, T], B [T]; b = minus the paper's threshold. x_seq [T, ...] -> h_seq [T, ...] (eq. 9)."""
     dtype = compute_dtype(x_seq, weight)
     x, layout = to_rows(x_seq)  # [T, M]
-    with _no_autocast(x_seq):
+    with no_autocast(x_seq):
         h = torch.addmm(bias.to(dtype).unsqueeze(1), weight.to(dtype), x.to(dtype))
     return from_rows(h, layout)
 
@@ -253,7 +207,7 @@ def masked_psn_step(
     taps = F.pad(weight, (k - 1, 0)).index_select(0, t)  # [1, k - 1 + T]; column t + i is W[t, t - k + 1 + i]
     taps = taps.index_select(1, t + torch.arange(k, device=x.device))  # [1, k]
     rows, layout = _push(x, queue)
-    with _no_autocast(x):
+    with no_autocast(x):
         h = torch.addmm(bias.to(dtype).index_select(0, t).unsqueeze(1), taps.to(dtype), rows.to(dtype))
     spike = fire(from_rows(h, layout)[0], surrogate, alpha, x.dtype, smooth)
     return spike, from_rows(rows, layout)
@@ -310,7 +264,7 @@ def sliding_psn_step(
     """H = sum_i w_i queue[i] + b. x [...], queue [k, ...] as in `masked_psn_step` -> spike [...], next queue."""
     dtype = compute_dtype(x, weight)
     rows, layout = _push(x, queue)
-    with _no_autocast(x):
+    with no_autocast(x):
         h = torch.addmm(bias.to(dtype).reshape(1, 1), weight.to(dtype).unsqueeze(0), rows.to(dtype))
     return fire(from_rows(h, layout)[0], surrogate, alpha, x.dtype, smooth), from_rows(rows, layout)
 
@@ -339,7 +293,7 @@ def if_charge(x: Tensor, v: Tensor) -> Tensor:
 def lif_charge(
     x: Tensor, v: Tensor, tau: float = 2.0, decay_input: bool = True, v_reset: float | None = None
 ) -> Tensor:
-    """LIF: H = V + (X - (V - V_rest)) / tau, or V - (V - V_rest) / tau + X without decay_input; V_rest = v_reset or 0."""
+    """LIF: H = V + (X - (V - V_rest)) / tau; without decay_input V - (V - V_rest) / tau + X. V_rest = v_reset or 0."""
     leak = v if not v_reset else v - v_reset
     return v + (x - leak) / tau if decay_input else v - leak / tau + x
 

@@ -48,11 +48,20 @@ class Neuron(nn.Module):
         """x [N, ...] -> spikes [N, ...] of the next time-step; the state is kept until `reset()`."""
         raise NotImplementedError
 
-    def forward(self, x_seq: Tensor) -> Tensor:
-        """x_seq [T, ...] -> spike_seq [T, ...]; in step_mode "s" x [N, ...] -> spikes [N, ...]."""
+    def forward(self, x_seq: Tensor, static_steps: int | None = None) -> Tensor:
+        """x_seq [T, ...] -> spike_seq [T, ...]; in step_mode "s" x [N, ...] -> spikes [N, ...].
+
+        With static_steps = T the input is one x [N, ...], the same at each of T steps: `forward_static`.
+        """
         if self.step_mode == "s":
+            if static_steps is not None:
+                raise ValueError(f"{self._where()}: forward_static needs step_mode 'm'; see set_step_mode")
             self._check(x_seq, "x")
             return self.step(x_seq)
+        if static_steps is not None:
+            self._check(x_seq, "x")
+            self._check_T(static_steps)
+            return self.static(x_seq, static_steps)
         self._check(x_seq, "x_seq")
         if x_seq.ndim < 2:
             raise ValueError(f"{self._where()}: got x_seq of shape {tuple(x_seq.shape)}, wanted [T, N, ...]")
@@ -60,21 +69,17 @@ class Neuron(nn.Module):
         return self.parallel(x_seq)
 
     def forward_static(self, x: Tensor, T: int | None = None) -> Tensor:
-        """x [N, ...], the same at each of T steps (default: the layer's own T) -> spike_seq [T, N, ...]."""
-        if self.step_mode == "s":
-            raise ValueError(f"{self._where()}: forward_static needs step_mode 'm'; call set_step_mode(model, 'm')")
+        """x [N, ...], the same at each of T steps (default: the layer's own T) -> spike_seq [T, N, ...]; hooks run."""
         T = self.T if T is None else T
         if T is None or T < 1:
             raise ValueError(f"{self._where()}: forward_static got T={T}, wanted a number of time-steps of at least 1")
-        self._check(x, "x")
-        self._check_T(T)
-        return self.static(x, T)
+        return self(x, static_steps=T)
 
     def reset(self) -> None:
         """Forget the state of step mode "s"."""
 
     def set_step_mode(self, mode: str) -> None:
-        """"m" or "s"; ValueError on another mode, or where the neuron cannot run step by step."""
+        """Whole sequences "m" or one step at a time "s"; ValueError where the neuron cannot run step by step."""
         if mode not in STEP_MODES:
             raise ValueError(f"{self._where()}: got step_mode={mode!r}, wanted one of {', '.join(STEP_MODES)}")
         self.step_mode = mode
@@ -101,12 +106,12 @@ class Neuron(nn.Module):
             raise ValueError(f"{self._where()}: got an empty batch, {name} of shape {tuple(x.shape)}")
         if self.nan_check == "never" or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
-        if x.device.type == "cpu" or self.nan_check == "always":
-            # the sum is one pass without a buffer; only a suspicious sum pays for counting
-            if not torch.isfinite(x.detach().sum(dtype=functional.compute_dtype(x))):
-                count = int(x.detach().isnan().sum())
-                if count:
-                    raise ValueError(f"{self._where()}: {count} of {x.numel()} values of {name} {tuple(x.shape)} are NaN")
+        if x.device.type != "cpu" and self.nan_check != "always":
+            return
+        # the sum is one pass without a buffer; only a suspicious sum pays for counting
+        x = x.detach()
+        if not torch.isfinite(x.sum(dtype=functional.compute_dtype(x))) and (count := int(x.isnan().sum())):
+            raise ValueError(f"{self._where()}: {count} of {x.numel()} values of {name} {tuple(x.shape)} are NaN")
 
 
 def spiking_neurons(model: nn.Module) -> Iterator[tuple[str, Neuron]]:

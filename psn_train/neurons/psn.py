@@ -59,12 +59,12 @@ class PSN(Neuron):
 class MaskedPSN(Neuron):
     """Masked PSN of order k: H = (W * (lambda M_k + (1 - lambda) J)) X + B, S = Theta(H).
 
-    M_k keeps the k newest inputs of each step. Parameters: weight [T, T], bias [T]. lambda_ is a buffer, saved with the
-    model; training moves it from 0 (a full PSN) to 1 (masked and causal) with `set_lambda`. It starts at 1, so that a
-    model is never unmasked by being forgotten (SpikingJelly and the authors start at 0). Step by step: only where
-    lambda = 1, at most T steps, a state of k inputs.
+    M_k keeps the k newest inputs of each step. Parameters: weight [T, T], bias [T]. The buffers lambda_ and order (k)
+    are saved with the model. Training moves lambda from 0 (a full PSN) to 1 (masked and causal) with `set_lambda`. It
+    starts at 1, so that a model is never unmasked by being forgotten (SpikingJelly and the authors start at 0). Step by
+    step: only where lambda = 1, at most T steps, a state of k inputs.
 
-    Errors: ValueError if k < 1 or k > T, or lambda is not in [0, 1].
+    Errors: ValueError if k < 1 or k > T, or lambda is not in [0, 1]; loading weights of another k is refused.
     """
 
     def __init__(self, k: int, T: int, lambda_: float = 1.0, surrogate: str = "atan", alpha: float = 2.0):
@@ -77,6 +77,8 @@ class MaskedPSN(Neuron):
         self.weight = nn.Parameter(torch.empty(T, T))
         self.bias = nn.Parameter(torch.empty(T))
         self.register_buffer("lambda_", torch.empty(()))
+        # saved, because the shape of the weight does not tell the order
+        self.register_buffer("order", torch.tensor(k))
         self._warned = False
         self.set_lambda(lambda_)
         self.reset_parameters()
@@ -97,15 +99,11 @@ class MaskedPSN(Neuron):
 
     def parallel(self, x_seq: Tensor) -> Tensor:
         self._warn_unmasked()
-        return functional.masked_psn(
-            x_seq, self.weight, self.bias, self.k, self.lambda_, self.surrogate, self.alpha
-        )
+        return functional.masked_psn(x_seq, self.weight, self.bias, self.k, self.lambda_, self.surrogate, self.alpha)
 
     def static(self, x: Tensor, T: int) -> Tensor:
         self._warn_unmasked()
-        return functional.masked_psn_static(
-            x, self.weight, self.bias, self.k, self.lambda_, self.surrogate, self.alpha
-        )
+        return functional.masked_psn_static(x, self.weight, self.bias, self.k, self.lambda_, self.surrogate, self.alpha)
 
     def step(self, x: Tensor) -> Tensor:
         if self._host_lambda < 1.0:
@@ -132,8 +130,12 @@ class MaskedPSN(Neuron):
         self._read_lambda()
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        saved = state_dict.get(prefix + "order")
+        if saved is not None and not saved.is_meta and int(saved) != self.k:
+            errors.append(f"{prefix}order: the weights are of order k={int(saved)}, the model has k={self.k}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self._read_lambda()
 
     def _read_lambda(self) -> None:

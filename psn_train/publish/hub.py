@@ -144,7 +144,7 @@ def evaluate_folder(
 ):
     """Evaluate a run, a checkpoint or a timm folder on shards; see `training.evaluate.evaluate`."""
     from psn_train.data.reader import SampleReader
-    from psn_train.training.evaluate import evaluate
+    from psn_train.training.evaluate import evaluate, make_eval_loader
 
     index = load_index(shards)
     model, recipe, meta = load_any(where, prefer=prefer, weights=weights)
@@ -156,13 +156,6 @@ def evaluate_folder(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cache = Path(recipe.data.cache_dir or Path(where) / "shards")
     reader = SampleReader(index, cache_dir=cache, cache_bytes=recipe.data.cache_gb * 1e9)
-    result = evaluate(
-        model.to(place),
-        recipe,
-        reader,
-        batch_size=batch_size,
-        device=place,
-        firing=firing,
-        on_batch=on_batch,
-    )
+    loader = make_eval_loader(recipe, reader, batch_size=batch_size, device=place)
+    result = evaluate(model.to(place), recipe, loader, device=place, firing=firing, on_batch=on_batch)
     return result, recipe, meta

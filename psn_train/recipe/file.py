@@ -5,6 +5,7 @@ Imports neither torch nor timm: a typo is reported in a tenth of a second, on ev
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from pathlib import Path
@@ -185,15 +186,24 @@ def _every_key() -> dict[str, str]:
     return keys
 
 
-def _explain(error: dict, places: dict[str, str]) -> str:
-    """One line for one of pydantic's errors."""
-    # the members of unions add parts to the path that are no keys of the recipe
-    path = tuple(part for part in error["loc"] if isinstance(part, str))
-    while path and ".".join(path) not in places and _section_at(path[:-1]) is None:
-        path = path[:-1]
+def _key_path(error: dict, document: dict) -> tuple[str, ...]:
+    """The keys of an error's place. pydantic appends the members of unions and the numbers of list items."""
+    path: list[str] = []
+    value: Any = document
+    for part in error["loc"]:
+        if not isinstance(value, dict) or (part not in value and error["type"] != "missing"):
+            break
+        path.append(str(part))
+        value = value.get(part)
+    return tuple(path)
+
+
+def _explain(path: tuple[str, ...], errors: list[dict], places: dict[str, str]) -> str:
+    """One line for pydantic's errors about one key."""
     dotted = ".".join(path)
     place = f"{places[dotted]}: {dotted}" if dotted in places else dotted
-    if error["type"] == "extra_forbidden":
+    kind = errors[0]["type"]
+    if kind == "extra_forbidden":
         section = _section_at(path[:-1])
         known = list(section.model_fields) if section else []
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.6)
@@ -206,9 +216,10 @@ def _explain(error: dict, places: dict[str, str]) -> str:
         else:
             hint = f"known keys: {', '.join(known)}"
         return f"{place}: unknown key; {hint}"
-    if error["type"] == "missing":
+    if kind == "missing":
         return f"{dotted}: missing; it has no default"
-    return f"{place}: got {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+    wanted = "; or ".join(dict.fromkeys(error["msg"][0].lower() + error["msg"][1:] for error in errors))
+    return f"{place}: got {errors[0]['input']!r}; {wanted}"
 
 
 def _without(document: dict, path: tuple) -> None:
@@ -238,7 +249,10 @@ def check_recipe(document: dict, places: dict[str, str] | None = None) -> Recipe
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as invalid:
-        problems = list(dict.fromkeys(_explain(error, places) for error in invalid.errors()))
+        by_key: dict[tuple[str, ...], list[dict]] = {}
+        for error in invalid.errors():
+            by_key.setdefault(_key_path(error, document), []).append(error)
+        problems = [_explain(path, errors, places) for path, errors in by_key.items()]
         recipe = _partial(document, invalid)
     if recipe is not None:
         problems += [
@@ -253,15 +267,9 @@ def check_recipe(document: dict, places: dict[str, str] | None = None) -> Recipe
 
 def _partial(document: dict, invalid: ValidationError) -> Recipe | None:
     """`document` with its wrong values left out and its missing ones filled in, to look at the combinations."""
-    import copy
-
     partial = copy.deepcopy(document)
     for error in invalid.errors():
-        path = tuple(part for part in error["loc"] if isinstance(part, str))
-        for end in range(len(path), 0, -1):
-            _without(partial, path[:end])
-            if _section_at(path[: end - 1]) is not None:
-                break
+        _without(partial, _key_path(error, document))
     try:
         return Recipe.model_validate(_merge({"name": "recipe", **_PLACEHOLDERS}, partial))
     except ValidationError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 
+import torch
 from torch import nn
 
 from psn_train.data.index import ShardIndex, load_index
@@ -85,3 +86,18 @@ def class_count(recipe: Recipe, index: ShardIndex) -> int:
     if wanted < len(index.classes):
         raise ValueError(f"model.num_classes: {wanted}, but {index.location} has {len(index.classes)} classes")
     return wanted
+
+
+def check_channels_last(model: nn.Module, device: torch.device) -> None:
+    """Refuse what corrupts memory: seen with torch 2.15 on a CPU, in the backward pass of strided 1 x 1 convolutions of
+    fewer than 8 channels in channels_last (4 to 8 channels, stride 2: "corrupted size vs. prev_size"; 8 to 16 is fine).
+    """
+    if device.type != "cpu":
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1):
+            if module.in_channels < 8:
+                raise ValueError(
+                    f"precision.channels_last: {name} has {module.in_channels} channels, and torch's CPU kernels corrupt "
+                    "memory below 8; set precision.channels_last=false, or a model.args.width of at least 8"
+                )

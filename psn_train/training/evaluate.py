@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 from psn_train.data.images import Normalizer
 from psn_train.data.index import ShardError
@@ -41,29 +42,42 @@ class Result:
         return sum(rates) / len(rates) if rates else None
 
 
+def make_eval_loader(
+    recipe: Recipe, reader: SampleReader, *, batch_size: int, device: torch.device, rank: int = 0, world_size: int = 1
+) -> DataLoader:
+    """This rank's batches of the evaluation, for any number of evaluations."""
+    stream = EvalStream(recipe, reader, batch_size, rank, world_size)
+    return make_loader(
+        stream,
+        start=0,
+        stop=len(stream),
+        workers=recipe.data.workers,
+        pin_memory=device.type == "cuda",
+        keep_workers=True,
+    )
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
     recipe: Recipe,
-    reader: SampleReader,
+    loader: DataLoader,
     *,
-    batch_size: int,
     device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
     firing: bool = False,
     stop=None,
     on_batch=None,
 ) -> Result:
-    """Top-1, top-5 and cross entropy of the mean over T, on all samples of `reader`'s index.
+    """Top-1, top-5 and cross entropy of the mean over T, on all samples of the loader's index.
 
     Ranks take turns by batches and go through equally many rounds, so that a signal is agreed upon. Bad samples count
     as wrong answers, up to `data.max_bad_samples`.
 
     Args:
         model: the bare network, not its DDP wrapper.
+        loader: from `make_eval_loader`.
         stop: a StopSignal that is polled once a round.
-        on_batch: called with the number of samples seen by this rank.
+        on_batch: called with the number of samples of each batch.
 
     Raises:
         ShardError: more bad samples than allowed, or another number of samples than in the index.
@@ -71,11 +85,10 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    stream = EvalStream(recipe, reader, batch_size, rank, world_size)
-    rounds = math.ceil(reader.index.num_samples / (batch_size * world_size))
-    loader = iter(
-        make_loader(stream, start=0, stop=len(stream), workers=recipe.data.workers, pin_memory=device.type == "cuda")
-    )
+    stream: EvalStream = loader.dataset
+    index, world_size = stream.reader.index, stream.world_size
+    rounds = math.ceil(index.num_samples / (stream.batch_size * world_size))
+    batches = iter(loader)
     normalize = Normalizer(recipe.augment.mean, recipe.augment.std, device)
     rates = FiringRates(model) if firing else None
     # top-1, top-5, samples; and the loss apart: counts stay exact in float64
@@ -85,7 +98,7 @@ def evaluate(
         for _ in range(rounds):
             if stop is not None and stop.poll():
                 raise EvaluationStopped
-            batch = next(loader, None)
+            batch = next(batches, None)
             if batch is None:
                 continue
             bad += batch.bad
@@ -117,10 +130,10 @@ def evaluate(
     all_reduce_sum(sums)
     bad = _gather(bad, world_size)
     top1, top5, loss, count = sums.tolist()
-    if count != reader.index.num_samples:
+    if count != index.num_samples:
         raise ShardError(
-            f"the evaluation saw {count:.0f} samples, the index of {reader.index.location} has "
-            f"{reader.index.num_samples}; no figure is reported"
+            f"the evaluation saw {count:.0f} samples, the index of {index.location} has "
+            f"{index.num_samples}; no figure is reported"
         )
     names = [name for name, _ in spiking_neurons(model)]
     return Result(

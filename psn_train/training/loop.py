@@ -6,8 +6,8 @@ import torch
 
 from psn_train.data.stream import TrainStream, make_loader
 from psn_train.recipe import Recipe, make_plan
-from psn_train.training.build import build_model, class_count, open_shards, same_classes
-from psn_train.training.evaluate import EvaluationStopped, evaluate
+from psn_train.training.build import build_model, check_channels_last, class_count, open_shards, same_classes
+from psn_train.training.evaluate import EvaluationStopped, evaluate, make_eval_loader
 from psn_train.training.optim import LearningRate, build_optimizer, masked_lambda
 from psn_train.training.run import Run
 from psn_train.training.runtime import EXIT_STOPPED, NonFiniteLoss, build_accelerator, seed_everything, set_precision
@@ -46,6 +46,7 @@ def train(recipe: Recipe) -> int:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device)
     if recipe.precision.channels_last:
+        check_channels_last(model, device)
         model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, recipe)
     learning_rate = LearningRate(optimizer, recipe, plan)
@@ -59,23 +60,21 @@ def train(recipe: Recipe) -> int:
     run.resume(updater)
     run.say(run.headline())
 
+    eval_loader = None
+    if val_reader is not None:
+        eval_batch = recipe.data.eval_batch_per_device or plan.micro_batch_size
+        eval_loader = make_eval_loader(
+            recipe, val_reader, batch_size=eval_batch, device=device, rank=rank, world_size=world_size
+        )
+
     def evaluate_epoch(epoch: int) -> bool:
         """True where the selected figure is the best so far."""
         run.average_batch_norm()
+        firing = recipe.log.firing_rates
         # hooks count the spikes, and a compiled graph would not call them
-        with torch.compiler.set_stance("force_eager" if recipe.log.firing_rates else "default"):
+        with torch.compiler.set_stance("force_eager" if firing else "default"):
             results = {
-                which: evaluate(
-                    network,
-                    recipe,
-                    val_reader,
-                    batch_size=recipe.data.eval_batch_per_device or plan.micro_batch_size,
-                    device=device,
-                    rank=rank,
-                    world_size=world_size,
-                    firing=recipe.log.firing_rates,
-                    stop=run.stop,
-                )
+                which: evaluate(network, recipe, eval_loader, device=device, firing=firing, stop=run.stop)
                 for which, network in run.networks()
             }
         return run.note_evaluation(epoch, results)

@@ -71,6 +71,7 @@ class Run:
         self.seconds = 0.0
         self.waited = 0.0
         self.ema = None
+        self.lambda_: float | None = None
         self.stop = StopSignal()
         self._started = self._last_log = time.monotonic()
         self._lock = None
@@ -203,9 +204,10 @@ class Run:
 
     def set_lambda(self, value: float) -> None:
         """Blend of the masked PSNs' bands, in the network and in its moving average."""
-        for _, network in self.networks():
-            if get_lambda(network) is not None:
+        if value != self.lambda_:
+            for _, network in self.networks():
                 set_lambda(network, value)
+            self.lambda_ = value
 
     def after_update(self, updater: Updater, used: list[Batch], log_now: bool) -> None:
         self.step += 1

@@ -1,0 +1,221 @@
+"""An index for webdataset shards that someone else wrote: local ones, over http, or out of a `pipe:`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from psn_train.data.companions import write_companions
+from psn_train.data.image_files import IMAGE_EXTENSIONS
+from psn_train.data.index import Shard, ShardError, ShardIndex, is_url, save_index
+from psn_train.data.pool import Bar, run_jobs
+from psn_train.data.tar import HashingReader, walk_samples
+
+# fields of a sample's .json that hold its class, where there is no .cls
+JSON_LABELS = ("label", "cls", "class", "class_id", "target")
+_SHOWN = 5
+
+
+class _Checked:
+    """A response whose end is checked: http.client takes a cut connection for the end."""
+
+    def __init__(self, response, url: str):
+        self.response, self.url = response, url
+        length = response.headers.get("Content-Length")
+        self.left = int(length) if length is not None else None
+
+    def read(self, size: int) -> bytes:
+        data = self.response.read(size)
+        if self.left is not None:
+            self.left -= len(data)
+            if not data and size and self.left > 0:
+                raise OSError(f"{self.url}: the connection ended {self.left} bytes early")
+        return data
+
+
+@contextlib.contextmanager
+def open_stream(url: str) -> Iterator[BinaryIO]:
+    """The bytes of a path, an http(s) URL, a `pipe:` command, or any other scheme that webdataset's `gopen` knows.
+
+    Raises:
+        OSError: it cannot be opened or ends early; a command that fails counts as that.
+    """
+    if not is_url(url):
+        with open(url, "rb") as file:
+            yield file
+    elif url.startswith("pipe:"):
+        if os.environ.get("WDS_SECURE", "0") != "0":
+            raise OSError(f"{url}: WDS_SECURE forbids commands")
+        with subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE) as process:
+            yield process.stdout
+            # whoever stops early breaks the pipe, and has a reason of his own
+            if process.stdout.read(1):
+                process.kill()
+            elif process.wait():
+                raise OSError(f"{url}: the command ended with status {process.returncode}")
+    elif url.startswith(("http://", "https://")):
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response:
+                yield _Checked(response, url)
+        except urllib.error.URLError as error:
+            raise OSError(f"{url}: {error}") from error
+    else:
+        from webdataset.gopen import gopen
+
+        with gopen(url) as stream:
+            yield stream
+
+
+def index_shards(
+    urls: str | Sequence[str],
+    out: str | os.PathLike,
+    *,
+    split: str,
+    classes: Sequence[str] | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> ShardIndex:
+    """Read foreign shards once, from end to end, and write `out/index.json` for them.
+
+    Samples are grouped as webdataset groups them. Each needs an image (or events) and a class: `.cls` with an integer,
+    or `.json` with one, bare or under label, cls, class, class_id or target; with `classes` a name will do.
+
+    Args:
+        urls: paths, http(s) URLs or `pipe:` commands, or one of them; braces are expanded: `in-{000..127}.tar`.
+        out: folder for the index. Shards in it or below are named relative to it, so that they can move together;
+            others by their absolute path or as given.
+        split: what the split is called.
+        classes: their names; by default the numbers up to the largest label.
+        workers: processes; by default one for every core.
+
+    Raises:
+        ShardError: a shard cannot be read, is damaged or compressed, or has samples without an image or a class.
+    """
+    import braceexpand
+
+    patterns = [urls] if isinstance(urls, str) else list(urls)
+    expanded = [url for pattern in patterns for part in pattern.split("::") for url in braceexpand.braceexpand(part)]
+    if not expanded:
+        raise ShardError("no shards were named")
+    out = Path(out)
+    names = [_name_of(url, out) for url in expanded]
+    if len(set(names)) < len(names):
+        raise ShardError(f"{next(name for name in names if names.count(name) > 1)} is named twice")
+    places = None if classes is None else {name: label for label, name in enumerate(classes)}
+    jobs = [(url, name, places) for url, name in zip(expanded, names, strict=True)]
+    found: dict[int, tuple[Shard, np.ndarray, set[str]]] = {}
+    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    with Bar("reading shards", len(jobs), "shards", progress) as bar:
+        for number, result in run_jobs(_index_one, jobs, workers=workers, bar=bar):
+            found[number] = result
+    largest = max(len(histogram) for _, histogram, _ in found.values())
+    classes = [str(i) for i in range(largest)] if classes is None else [str(name) for name in classes]
+    if largest > len(classes):
+        raise ShardError(f"a sample has class {largest - 1}, but there are {len(classes)} classes, counted from 0")
+    histogram = np.zeros(len(classes), dtype=np.int64)
+    for _, counts, _ in found.values():
+        histogram[: len(counts)] += counts
+    kinds = set().union(*(kinds for _, _, kinds in found.values()))
+    if not kinds:
+        raise ShardError("the shards hold no samples")
+    if len(kinds) > 1:
+        raise ShardError("some samples are images, others are events")
+    plan = {"source": {"type": "webdataset shards"}}
+    shards = [found[number][0] for number in range(len(jobs))]
+    index = ShardIndex(kinds.pop(), split, classes, histogram.tolist(), shards, plan, str(out))
+    out.mkdir(parents=True, exist_ok=True)
+    write_companions(index, out)
+    save_index(index, out)
+    return index
+
+
+def _name_of(url: str, out: Path) -> str:
+    if url.startswith("file:"):
+        url = urllib.parse.unquote(url.removeprefix("file:").removeprefix("//"))
+    if is_url(url):
+        return url
+    path = Path(os.path.abspath(url))
+    folder = Path(os.path.abspath(out))
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+
+def sample_kind(extensions) -> str | None:
+    """ "images" or "events" by the extensions of a sample's members; None if it has neither."""
+    if any(extension in IMAGE_EXTENSIONS for extension in extensions):
+        return "images"
+    if any(extension.split(".")[0] == "events" for extension in extensions):
+        return "events"
+    return None
+
+
+def read_label(data: dict[str, bytes], places: dict[str, int] | None = None) -> int:
+    """The class of a sample from its `.cls` or `.json`.
+
+    Args:
+        places: the class of each name, for labels that are names.
+
+    Raises:
+        ValueError: it has none, or one that is no class.
+    """
+    if "cls" in data:
+        value = data["cls"].decode("utf-8", "replace").strip()
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+    elif "json" in data:
+        document = json.loads(data["json"])
+        if isinstance(document, dict):
+            value = next((document[name] for name in JSON_LABELS if name in document), None)
+        else:
+            value = document
+    else:
+        raise ValueError("no .cls and no .json")
+    if isinstance(value, str) and places is not None and value in places:
+        value = places[value]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"label {value!r} is not a class")
+    return value
+
+
+def _index_one(job: tuple, tick) -> tuple[Shard, np.ndarray, set[str]]:
+    """One shard -> its entry in the index, samples of each class [K], and the kinds of samples."""
+    url, name, places = job
+    offsets, labels, kinds, problems = [], [], set(), []
+    stop = 0
+    try:
+        with open_stream(url) as stream:
+            reader = HashingReader(stream)
+            for sample in walk_samples(reader, name, lambda extension: extension in ("cls", "json")):
+                kind = sample_kind(sample.sizes)
+                try:
+                    if kind is None:
+                        raise ValueError(f"no image among {', '.join(sorted(sample.sizes))}")
+                    labels.append(read_label(sample.data, places))
+                    kinds.add(kind)
+                except ValueError as error:
+                    problems.append(f"{sample.key}: {error}")
+                offsets.append(sample.offset)
+                stop = sample.stop
+            if rest := reader.drain():
+                raise ShardError(f"{name}: more follows the end of the archive ({rest[:16]!r} ...)")
+    except OSError as error:
+        raise ShardError(f"{name} cannot be read: {error}") from error
+    if problems:
+        more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ShardError(
+            f"{name}: {len(problems)} of {len(offsets)} samples have no image or no class:\n  "
+            + "\n  ".join(problems[:_SHOWN])
+            + more
+        )
+    shard = Shard(name, len(offsets), reader.position, reader.digest.hexdigest(), [*offsets, stop])
+    tick(1)
+    return shard, np.bincount(np.asarray(labels, dtype=np.int64)), kinds

@@ -1,0 +1,95 @@
+"""The blocks of SEW-ResNets: spike-element-wise residual blocks on [T, N, C, H, W].
+
+Legend: T time-steps, N batch, C channels, H x W pixels. Convolutions and batch norms see [T * N, C, H, W], so ordinary
+nn.BatchNorm2d and SyncBatchNorm take their statistics over T * N. A neuron follows every batch norm, that of the
+shortcut included; none follows the join.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from psn_train.neurons import Neuron
+
+# ADD: sum of spikes; AND: both fire; IAND: the shortcut fires and the residual branch does not
+CONNECT_FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ADD": lambda identity, out: identity + out,
+    "AND": lambda identity, out: identity * out,
+    "IAND": lambda identity, out: identity * (1.0 - out),
+}
+
+
+def join(identity: Tensor, out: Tensor, connect_function: str = "ADD") -> Tensor:
+    """The element-wise join of the shortcut and the residual branch, in this order in every block. [...] -> [...]."""
+    return CONNECT_FUNCTIONS[connect_function](identity, out)
+
+
+def per_image(x_seq: Tensor, *layers: nn.Module) -> Tensor:
+    """Layers that know nothing of time. [T, N, C, H, W] -> [T, N, C', H', W']."""
+    y = x_seq.flatten(0, 1)  # [T * N, C, H, W]
+    for layer in layers:
+        y = layer(y)
+    return y.unflatten(0, x_seq.shape[:2])
+
+
+def conv(in_chans: int, out_chans: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_chans, out_chans, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class Block(nn.Module):
+    """What the two kinds of block share: the shortcut and the join."""
+
+    expansion = 1
+
+    def make_shortcut(self, in_chans: int, out_chans: int, stride: int, neuron: Callable[[], Neuron], connect: str):
+        self.connect_function = connect
+        self.downsample = self.downsample_sn = None
+        if stride != 1 or in_chans != out_chans:
+            self.downsample = nn.Sequential(conv(in_chans, out_chans, 1, stride), nn.BatchNorm2d(out_chans))
+            self.downsample_sn = neuron()
+
+    def residual(self, x_seq: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        """[T, N, C, H, W] -> [T, N, C', H', W']."""
+        identity = x_seq
+        if self.downsample is not None:
+            identity = self.downsample_sn(per_image(x_seq, self.downsample))
+        return join(identity, self.residual(x_seq), self.connect_function)
+
+    def extra_repr(self) -> str:
+        return f"connect_function={self.connect_function}"
+
+
+class BasicBlock(Block):
+    """Two 3x3 convolutions, each with batch norm and neuron."""
+
+    def __init__(self, in_chans: int, width: int, stride: int, neuron: Callable[[], Neuron], connect: str):
+        super().__init__()
+        self.conv1, self.bn1, self.sn1 = conv(in_chans, width, 3, stride), nn.BatchNorm2d(width), neuron()
+        self.conv2, self.bn2, self.sn2 = conv(width, width, 3), nn.BatchNorm2d(width), neuron()
+        self.make_shortcut(in_chans, width, stride, neuron, connect)
+
+    def residual(self, x_seq: Tensor) -> Tensor:
+        x_seq = self.sn1(per_image(x_seq, self.conv1, self.bn1))
+        return self.sn2(per_image(x_seq, self.conv2, self.bn2))
+
+
+class Bottleneck(Block):
+    """1x1, 3x3 (with the stride, as torchvision has it), 1x1 convolutions, each with batch norm and neuron."""
+
+    expansion = 4
+
+    def __init__(self, in_chans: int, width: int, stride: int, neuron: Callable[[], Neuron], connect: str):
+        out_chans = width * self.expansion
+        super().__init__()
+        self.conv1, self.bn1, self.sn1 = conv(in_chans, width, 1), nn.BatchNorm2d(width), neuron()
+        self.conv2, self.bn2, self.sn2 = conv(width, width, 3, stride), nn.BatchNorm2d(width), neuron()
+        self.conv3, self.bn3, self.sn3 = conv(width, out_chans, 1), nn.BatchNorm2d(out_chans), neuron()
+        self.make_shortcut(in_chans, out_chans, stride, neuron, connect)
+
+    def residual(self, x_seq: Tensor) -> Tensor:
+        x_seq = self.sn1(per_image(x_seq, self.conv1, self.bn1))
+        x_seq = self.sn2(per_image(x_seq, self.conv2, self.bn2))
+        return self.sn3(per_image(x_seq, self.conv3, self.bn3))

