@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Python's compiled files are kept: without them torch alone takes ten seconds to import
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test lint format lock schema clean
 
 demo: $(STAMP)

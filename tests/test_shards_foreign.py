@@ -53,11 +53,17 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 class CutShort(Quiet):
-    """Promises more than it sends."""
+    """Promises more than it sends: within a sample, or only the padding behind the archive's end."""
+
+    length = 2048
 
     def copyfile(self, source, outputfile):
         data = source.read()
-        outputfile.write(data[:2048] if self.path.endswith("1.tar") else data)
+        outputfile.write(data[: self.length] if self.path.endswith("1.tar") else data)
+
+
+class CutPadding(CutShort):
+    length = -512
 
 
 @pytest.fixture
@@ -150,9 +156,10 @@ def test_over_http(tmp_path, serve):
         index("http://127.0.0.1:9/x.tar", tmp_path / "out")
 
 
-def test_a_cut_connection_is_no_end(tmp_path, serve):
+@pytest.mark.parametrize("handler", [CutShort, CutPadding])
+def test_a_cut_connection_is_no_end(tmp_path, serve, handler):
     write_foreign(tmp_path / "shards")
-    base = serve(tmp_path / "shards", CutShort)
+    base = serve(tmp_path / "shards", handler)
     with pytest.raises(ShardError, match=r"x-001\.tar.*(bytes early|cut short)"):
         index(base + "/x-{000..002}.tar", tmp_path / "out")
     assert not (tmp_path / "out/index.json").exists()

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from psn_train.data.shards import write_shards
 from psn_train.data.sources import open_source
+from psn_train.data.verify import verify_shards
 
 SHARED = Path(os.environ.get("PSN_SHARED_DATA", Path(__file__).parents[1].parent / "shared/data"))
 
@@ -290,6 +292,41 @@ def test_parquet_errors(tmp_path):
     (tmp_path / "other/train-0.parquet").unlink()
     with pytest.raises(ValueError, match=r"train-0.parquet cannot be read as parquet"):
         open_source(tmp_path)
+
+
+def test_damaged_pages_of_parquet(tmp_path):
+    hugging_face(tmp_path / "train.parquet", [0, 1] * 20)
+    data = bytearray((tmp_path / "train.parquet").read_bytes())
+    data[40:4000] = bytes(3960)
+    (tmp_path / "train.parquet").write_bytes(data)
+    source = open_source(tmp_path)["train"]
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match=r"train\.parquet cannot be read: "):
+            write_shards(source, tmp_path / "out", split="train", workers=workers, progress=False)
+        assert not list((tmp_path / "out").glob("*.tar"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("kind", ["archives", "parquet", "cifar"])
+def test_every_source_through_the_writer(tmp_path, kind, workers):
+    src = tmp_path / "src"
+    if kind == "archives":
+        answers = imagenet(src, wnids(12))
+        (src / "val.txt").write_text("".join(f"{name} {int(wnid[-2:])}\n" for name, wnid, _ in answers))
+    elif kind == "parquet":
+        for i in range(3):
+            hugging_face(src / f"train-{i}.parquet", [0, 1, 2] * 5, names=["a", "b", "c"], seed=i)
+    else:
+        cifar10(src / "cifar-10-batches-py")
+    for split, source in open_source(src).items():
+        index = write_shards(source, tmp_path / split, split=split, num_shards=3, workers=workers, progress=False)
+        assert index.num_samples == len(source) and index.plan["source"]["type"] == source.type
+        assert index.class_histogram == np.bincount(source.labels, minlength=len(source.classes)).tolist()
+        # the scratch files are gone, too
+        assert sorted(path.suffix for path in (tmp_path / split).iterdir()) == [".json"] * 3 + [".tar"] * 3 + [".txt"]
+        assert verify_shards(tmp_path / split, workers=workers, progress=False).ok
+        again = write_shards(source, tmp_path / "again" / split, split=split, num_shards=3, workers=3 - workers)
+        assert again.shards == index.shards
 
 
 def test_extras_are_named_when_they_lack(tmp_path, monkeypatch):

@@ -65,8 +65,8 @@ def edit_index(folder: Path, change) -> None:
 
 def edit_shard(folder: Path, change, name: str = "train-000001.tar") -> None:
     data = bytearray((folder / name).read_bytes())
-    data = change(data) or data
-    (folder / name).write_bytes(data)
+    changed = change(data)
+    (folder / name).write_bytes(data if changed is None else changed)
 
 
 @pytest.mark.parametrize("workers", [1, 3])

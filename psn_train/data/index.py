@@ -113,7 +113,8 @@ def load_index(where: str | os.PathLike) -> ShardIndex:
     except (OSError, ValueError) as error:
         raise ShardError(
             f"no shards at {where}: {url} cannot be read ({error}). "
-            "Write shards with `psn shards images SRC OUT`, or index existing ones with `psn shards index SHARDS --to DIR`."
+            "Write shards with `psn shards images SRC OUT`, or index those that have none with "
+            "`psn shards index SHARDS --to DIR`."
         ) from error
     try:
         document = json.loads(text)

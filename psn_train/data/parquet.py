@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -165,14 +166,13 @@ def _spool(job: tuple[str, str, str], tick) -> None:
     path, column, target = job
     if os.path.isdir(target):
         return
-    parquet = _pyarrow().parquet
     aside = target + ".tmp"
     shutil.rmtree(aside, ignore_errors=True)
     offsets = [0]
     with guard_disk(target, aside):
         os.makedirs(aside)
-        with open(os.path.join(aside, "data"), "wb") as out, parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_ROWS, columns=[column], use_threads=False):
+        with open(os.path.join(aside, "data"), "wb") as out:
+            for batch in _batches(path, column):
                 for value in batch.column(0):
                     data = _image_bytes(value.as_py(), f"{path}: row {len(offsets) - 1}")
                     out.write(data)
@@ -182,6 +182,14 @@ def _spool(job: tuple[str, str, str], tick) -> None:
             os.fsync(out.fileno())
         np.save(os.path.join(aside, "offsets.npy"), np.asarray(offsets, dtype=np.int64))
         os.replace(aside, target)
+
+
+def _batches(path: str, column: str) -> Iterator:
+    try:
+        with _pyarrow().parquet.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=_ROWS, columns=[column], use_threads=False)
+    except (OSError, _pyarrow().ArrowException) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def _image_bytes(value, where: str) -> bytes:

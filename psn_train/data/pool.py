@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -102,7 +103,8 @@ def _tick(count: int) -> None:
         raise _Stopped
 
 
-def _run(function: Callable, job):
+def _run(pickled: bytes):
+    function, job = pickle.loads(pickled)
     return function(job, _tick)
 
 
@@ -139,7 +141,8 @@ def run_jobs(function: Callable, jobs: Iterable, *, workers: int, bar: Bar | Non
                 if number is None:
                     more = False
                 else:
-                    running[pool.submit(_run, function, job)] = number
+                    # python's pool can hang on what it cannot pickle; here that raises
+                    running[pool.submit(_run, pickle.dumps((function, job)))] = number
             finished, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
             now = counter.value
             advance(now - seen)

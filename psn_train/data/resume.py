@@ -68,6 +68,11 @@ def lock_folder(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # whoever was turned away leaves no trace
+        with contextlib.suppress(OSError):
+            if os.listdir(out / STATE) == ["lock"]:
+                os.unlink(out / STATE / "lock")
+                os.rmdir(out / STATE)
         os.close(lock)
 
 

@@ -2,7 +2,7 @@
 
 A sample is a key, `{extension: bytes}` and a class; `write_shards` adds `.cls`. Which sample goes into which shard
 follows from the seed and the keys alone, so neither the number of workers, nor a kill and a resume, nor the source's
-location or times show in the bytes. A shard is written aside, flushed to disk and renamed, then noted in `.writing/`;
+location or times show in the bytes. A shard is written aside, flushed to disk, noted in `.writing/`, then renamed;
 `index.json` comes last. What has its final name is whole.
 """
 
@@ -99,8 +99,8 @@ def write_shards(
     """Write a source's samples to `out_dir/{split}-{i:06d}.tar`, and `index.json` beside them.
 
     A run that was killed goes on where it was when it is called again with the same source and options. With shards
-    that are whole already it returns their index. Scripts call this below `if __name__ == "__main__":`, because it
-    starts processes.
+    that are whole already it returns their index; of those that were deleted it writes only them. Where processes
+    cannot be forked, scripts call this below `if __name__ == "__main__":`.
 
     Args:
         source: what `open_source` gives, or an `ArraySource`.
@@ -134,7 +134,7 @@ def write_shards(
         "num_shards": num_shards,
         "max_side": max_side,
         "quality": quality if max_side is not None else None,
-        "encoder": encoder_versions() if max_side is not None or source.sizes is None else None,
+        "encoder": encoder_versions() if max_side is not None or source.encodes else None,
     }
     plan["sha256"] = hashlib.sha256(json.dumps([split, plan], sort_keys=True).encode()).hexdigest()
     keys = source.keys()
@@ -233,11 +233,12 @@ def _write_shard(job: _Job, tick: Callable[[int], None]) -> dict:
             size = offsets[-1] + put(tar_end(offsets[-1]))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
-        sync_folder(job.folder)
         shard = Shard(job.name, len(offsets) - 1, size, digest.hexdigest(), offsets)
         record = {"shard": asdict(shard), "remarks": remarks}
+        # the record first: a shard that has its name is never written again
         save_json(os.path.join(job.folder, STATE, job.name + ".json"), record)
+        os.replace(aside, path)
+        sync_folder(job.folder)
     return record
 
 

@@ -55,6 +55,7 @@ class Source:
 
     kind = "images"
     type = "source"  # for the plan of the shards: the sort of source, never its location
+    encodes = False  # True if the reader makes the image files, so that their bytes depend on the encoder
 
     def __init__(
         self,
@@ -161,6 +162,7 @@ class ArraySource(Source):
     """
 
     type = "arrays"
+    encodes = True
 
     def __init__(self, images: np.ndarray, labels, classes: Sequence[str], names: Sequence[str] | None = None):
         images = np.asarray(images)

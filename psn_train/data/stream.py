@@ -154,6 +154,8 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=keep_workers and workers > 0,
         worker_init_fn=_one_thread,
+        # else every start of a loader would draw from the global generator, and a resumed run would go on otherwise
+        generator=torch.Generator(),
     )
 
 

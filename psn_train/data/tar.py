@@ -126,16 +126,16 @@ def walk_members(reader: HashingReader | RangeReader, label: str) -> Iterator[Ta
     while True:
         header_at = reader.position
         block = reader.read(BLOCK)
+        hint = ""
+        if header_at == 0 and block[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5"):
+            hint = ". It is compressed; samples cannot be found by their offsets in it, so decompress it first"
         if len(block) < BLOCK:
-            raise TarDamage(f"{label}: cut short at byte {reader.position}: there is no end-of-archive block")
+            raise TarDamage(f"{label}: cut short at byte {reader.position}: there is no end-of-archive block{hint}")
         if not block.strip(b"\0"):
             return
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            hint = ""
-            if header_at == 0 and block[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5"):
-                hint = ". It is compressed; samples cannot be found by their offsets in it, so decompress it first"
             raise TarDamage(f"{label}: no tar header at byte {header_at} ({error}){hint}") from error
         if first_header is None:
             first_header = header_at

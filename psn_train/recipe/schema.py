@@ -194,7 +194,7 @@ class Precision(Section):
     deterministic: bool = False
     """Only algorithms that give the same bits each time (slower on a GPU)."""
     tf32: bool = True
-    """fp32 matrix products on tensor cores, on GPUs that have them."""
+    """fp32 convolutions on tensor cores, on GPUs that have them; the neurons keep all bits."""
 
 
 class Ema(Section):

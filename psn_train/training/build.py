@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 
 import torch
 from torch import nn
@@ -52,7 +51,7 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     """
     import timm
 
-    import psn_train.models  # noqa: F401 (registers the architectures)
+    import psn_train.models
 
     section = recipe.model
     if not timm.is_model(section.name):
@@ -60,6 +59,10 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
         raise ValueError(
             f"model.name: timm knows no {section.name!r}; near it: {', '.join(near) or 'nothing'}. "
             "See timm.list_models('sew_*')."
+        )
+    if timm.models.model_entrypoint(section.name).__module__.split(".")[0] != psn_train.__name__:
+        raise ValueError(
+            f"model.name: {section.name} is no network over time-steps; take one of timm.list_models('sew_*')"
         )
     arguments = dict(section.args)
     for key in ("T", "k", "connect_function", "surrogate", "alpha", "in_chans"):
@@ -70,11 +73,6 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
         model = timm.create_model(section.name, num_classes=section.num_classes or num_classes, **arguments)
     except TypeError as error:
         raise ValueError(f"model.args: {section.name} does not take them: {error}") from error
-    if "per_step" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
-            f"model.name: {section.name} is no network over time-steps (its forward has no `per_step`); "
-            "take one of timm.list_models('sew_*')"
-        )
     if section.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
@@ -95,9 +93,9 @@ def check_channels_last(model: nn.Module, device: torch.device) -> None:
     if device.type != "cpu":
         return
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1):
-            if module.in_channels < 8:
-                raise ValueError(
-                    f"precision.channels_last: {name} has {module.in_channels} channels, and torch's CPU kernels corrupt "
-                    "memory below 8; set precision.channels_last=false, or a model.args.width of at least 8"
-                )
+        strided = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1)
+        if strided and module.in_channels < 8:
+            raise ValueError(
+                f"precision.channels_last: {name} has {module.in_channels} channels, and torch's CPU kernels corrupt "
+                "memory below 8; set precision.channels_last=false, or a model.args.width of at least 8"
+            )

@@ -250,7 +250,8 @@ class Run:
             "data_wait": min(waited / world_size / elapsed, 1.0),
             "bad_samples": int(unreadable),
         }
-        if self.recipe.optim.clip_grad_norm is not None:
+        # under fp16 it is scaled, unless clipping has unscaled it
+        if not updater.scaler.is_enabled() or self.recipe.optim.clip_grad_norm is not None:
             record["grad_norm"] = norm / updates
         if updater.scaler.is_enabled():
             record["loss_scale"] = updater.scaler.get_scale()

@@ -49,8 +49,9 @@ def build_accelerator(recipe: Recipe):
 def set_precision(recipe: Recipe, device: torch.device) -> None:
     """Process-wide switches of the recipe's `precision` section."""
     precision = recipe.precision
-    torch.backends.cuda.matmul.allow_tf32 = precision.tf32
     torch.backends.cudnn.allow_tf32 = precision.tf32
+    # the T x T products are matrix products, and stay float32
+    torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark = not precision.deterministic
     if precision.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

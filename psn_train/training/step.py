@@ -101,11 +101,17 @@ class Updater:
             losses.append(loss.detach())
             hits += (logits.detach().float().mean(0).argmax(1) == labels).sum()
         losses = torch.stack(losses)
-        self.guard.check(losses, step, [key for batch in used for key in batch.keys])
-        norm = torch.zeros((), device=device)
-        if self.recipe.optim.clip_grad_norm is not None:
+        bound = self.recipe.optim.clip_grad_norm
+        if bound is not None:
             self.scaler.unscale_(self.optimizer)
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.recipe.optim.clip_grad_norm)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        # a NaN current gives no spike, so the loss may be finite where the gradient is not; the scaler of fp16 skips
+        # updates of infinite gradients itself
+        finite = losses if self.scaler.is_enabled() else torch.cat([losses, norm.reshape(1)])
+        self.guard.check(finite, step, [key for batch in used for key in batch.keys])
+        if bound is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, bound, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
