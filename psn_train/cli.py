@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument("--val-labels", help="labels of ILSVRC2012_img_val.tar: text file or development kit")
     images.add_argument("--num-shards", type=int, help="per split (default: by size, about 140 MB each)")
     images.add_argument("--max-side", type=int, help="re-encode larger images to this longer side, in pixels")
-    images.add_argument("--quality", type=int, default=92, help="JPEG quality of re-encoded images")
+    images.add_argument("--quality", type=int, default=90, help="JPEG quality of re-encoded images")
     images.add_argument("--seed", type=int, default=0, help="of the order of samples in the shards")
     images.add_argument("--workers", type=int, default=os.cpu_count())
     images.add_argument("--skip-bad", action="store_true", help="leave unreadable images out; they are listed")

@@ -44,6 +44,12 @@ def merged(document: dict, changes: dict) -> dict:
     return result
 
 
+def small_document(shards: Path, run: Path) -> dict:
+    """SMALL on the digits, in a run folder of its own."""
+    data = {"train": str(shards / "train"), "val": str(shards / "val")}
+    return merged(SMALL, {"run_dir": str(run), "data": data})
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     if not SHARED.is_dir():
@@ -82,11 +88,7 @@ def small(digit_shards, tmp_path):
     """Make a recipe of a tiny run on the digits: small(run="a", optim={"lr": 1.0}) -> document."""
 
     def make(run: str = "run", **changes) -> dict:
-        places = {
-            "run_dir": str(tmp_path / run),
-            "data": {"train": str(digit_shards / "train"), "val": str(digit_shards / "val")},
-        }
-        return merged(merged(SMALL, places), changes)
+        return merged(small_document(digit_shards, tmp_path / run), changes)
 
     return make
 
@@ -112,26 +114,31 @@ def _child(document: dict, before: str | None, errors: str) -> None:
     os._exit(status)
 
 
-@pytest.fixture
-def train_in_child(tmp_path):
+def run_in_child(document: dict, folder: Path, before: str | None = None, interrupt=None) -> tuple[int, str]:
     """Train in a process of its own; returns (exit status, what it printed).
 
     `before` is code that runs first in the child, such as a patch that kills it at some point. Status -9 is SIGKILL.
     """
     # fresh interpreters: torch does not survive a fork of a process that has used it
     context = multiprocessing.get_context("spawn")
+    log = folder / "child.log"
+    log.unlink(missing_ok=True)
+    process = context.Process(target=_child, args=(document, before, str(log)))
+    process.start()
+    if interrupt is not None:
+        interrupt(process)
+    process.join(120)
+    if process.is_alive():
+        os.kill(process.pid, signal.SIGKILL)
+        raise AssertionError("the run hangs: " + log.read_text())
+    return process.exitcode, log.read_text() if log.exists() else ""
+
+
+@pytest.fixture
+def train_in_child(tmp_path):
+    """run_in_child in the test's own folder."""
 
     def run(document: dict, before: str | None = None, interrupt=None) -> tuple[int, str]:
-        log = tmp_path / "child.log"
-        log.unlink(missing_ok=True)
-        process = context.Process(target=_child, args=(document, before, str(log)))
-        process.start()
-        if interrupt is not None:
-            interrupt(process)
-        process.join(120)
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            raise AssertionError("the run hangs: " + log.read_text())
-        return process.exitcode, log.read_text() if log.exists() else ""
+        return run_in_child(document, tmp_path, before, interrupt)
 
     return run

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import merged, run_in_child, small_document
 from safetensors.torch import load_file
 
 from psn_train.recipe import check_recipe
@@ -55,10 +56,11 @@ STATEFUL = {
 }
 
 
-@pytest.fixture
-def reference(small, train_in_child):
-    document = small("uninterrupted", **STATEFUL)
-    status, log = train_in_child(document)
+@pytest.fixture(scope="module")
+def reference(digit_shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    document = merged(small_document(digit_shards, folder / "uninterrupted"), STATEFUL)
+    status, log = run_in_child(document, folder)
     assert status == 0, log
     return document["run_dir"]
 
@@ -379,7 +381,9 @@ def test_accumulation_equals_one_large_batch_without_batch_norm(small):
         model = build_model(recipe, 10).double().eval()
         optimizer = build_optimizer(model, recipe)
         augment = DeviceAugment(recipe, 10, device)
-        updater = Updater(recipe, plan, model, optimizer, lambda x, y, a=augment: (a(x, y)[0].double(), y), device)
+        updater = Updater(
+            recipe, plan, model, optimizer, lambda x, y, m, r, a=augment: (a(x, y, m, r)[0].double(), y), device
+        )
         stream = TrainStream(recipe, plan, reader, 0)
         for step in range(3):
             updater.run(iter([stream[step * plan.grad_accum_steps + a] for a in range(plan.grad_accum_steps)]), step)

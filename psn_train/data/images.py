@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from psn_train.data.foreign import read_label
 from psn_train.recipe import Recipe
 
 # what webdataset's own decoders take for an image
@@ -46,16 +47,16 @@ def decode_image(sample: dict, in_chans: int) -> Image.Image:
         raise BadSample(f"undecodable {extension}: {error}") from error
 
 
-def decode_label(sample: dict, num_classes: int) -> int:
-    """The class of a sample.
+def decode_label(sample: dict, num_classes: int, places: dict[str, int] | None = None) -> int:
+    """The class of a sample, from its `.cls` or `.json`; `places`: the class of each name, where labels are names.
 
     Raises:
         BadSample: there is none, or it is not a class of the index.
     """
     try:
-        label = int(sample["cls"])
-    except (KeyError, ValueError) as error:
-        raise BadSample(f"no label: {error!r}") from error
+        label = read_label(sample, places)
+    except ValueError as error:
+        raise BadSample(str(error)) from error
     if not 0 <= label < num_classes:
         raise BadSample(f"label {label}; the index has {num_classes} classes")
     return label

@@ -30,6 +30,8 @@ class SampleReader:
         self.first_ids = np.concatenate([[0], np.cumsum([shard.num_samples for shard in index.shards])])
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.cache_bytes = cache_bytes
+        # foreign shards may name their classes instead of counting them
+        self.places = {name: number for number, name in enumerate(index.classes)}
         self._files: collections.OrderedDict[int, int] = collections.OrderedDict()
 
     def __getstate__(self) -> dict:

@@ -48,7 +48,7 @@ class Batch:
 
 def _load(reader: SampleReader, sample_id: int, in_chans: int, transform) -> tuple[np.ndarray, int, str]:
     sample = reader.read(sample_id)
-    label = decode_label(sample, len(reader.index.classes))
+    label = decode_label(sample, len(reader.index.classes), reader.places)
     return transform(decode_image(sample, in_chans)), label, sample["__key__"]
 
 

@@ -53,9 +53,8 @@ def train(recipe: Recipe) -> int:
     run.track(model)
     if recipe.precision.compile:
         model.compile()
-    updater = Updater(
-        recipe, plan, accelerator.prepare(model), optimizer, DeviceAugment(recipe, num_classes, device), device
-    )
+    augment = DeviceAugment(recipe, num_classes, device)
+    updater = Updater(recipe, plan, accelerator.prepare(model), optimizer, augment, device, rank)
     seed_everything(recipe.seed, 1 + rank)
     run.resume(updater)
     run.say(run.headline())
@@ -88,6 +87,7 @@ def train(recipe: Recipe) -> int:
         pin_memory=device.type == "cuda",
     )
     batches = run.waiting_for(loader)
+    run.restore_rank(updater)
     stopping = False
     try:
         while not stopping and (run.step < final_step or run.owed_epoch is not None):

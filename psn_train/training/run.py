@@ -140,15 +140,6 @@ class Run:
             # the names of all ranks; one of them goes on counting from there
             self.bad = meta["bad"] if self.is_main else []
             keep_bytes = meta["metrics_bytes"]
-            rank = self.accelerator.process_index
-            if len(saved.ranks) == self.plan.world_size:
-                saved.ranks[rank].restore(self.model, self.device)
-                updater.window.copy_(saved.ranks[rank].tensors["window"])
-            else:
-                self.say(
-                    f"saved by {len(saved.ranks)} processes, resumed by {self.plan.world_size}: the samples and their "
-                    "order stay; dropout and mixing draw from new random numbers"
-                )
             if meta["lambda"] is not None:
                 self.set_lambda(meta["lambda"])
         self.metrics = MetricsFile(self.path / "metrics.jsonl", keep_bytes) if self.is_main else None
@@ -173,7 +164,21 @@ class Run:
         )
         self._started = self._last_log = time.monotonic()
         self._last_step = self.step
-        self.saved = None
+
+    def restore_rank(self, updater: Updater) -> None:
+        """Random generators, batch norm statistics and sums of this rank; last of all, since imports draw numbers."""
+        saved, self.saved = self.saved, None
+        if saved is None:
+            return
+        if len(saved.ranks) == self.plan.world_size:
+            state = saved.ranks[self.accelerator.process_index]
+            state.restore(self.model, self.device)
+            updater.window.copy_(state.tensors["window"])
+        else:
+            self.say(
+                f"saved by {len(saved.ranks)} processes, resumed by {self.plan.world_size}: the samples and their "
+                "order stay; dropout draws other random numbers"
+            )
 
     def say(self, text: str) -> None:
         if self.is_main:

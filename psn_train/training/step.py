@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from psn_train.data.images import Normalizer
+from psn_train.data.images import Normalizer, seeded
 from psn_train.data.stream import Batch
 from psn_train.recipe import Plan, Recipe
 from psn_train.training.losses import compute_loss
@@ -46,7 +46,17 @@ class DeviceAugment:
             else None
         )
 
-    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.seed = recipe.seed
+
+    def __call__(
+        self, images: torch.Tensor, targets: torch.Tensor, micro_step: int, rank: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # timm draws from the global generators, which any import may move on (rich's does): so they are set for each
+        # micro-batch, and put back
+        with seeded(self.seed, micro_step, rank, 0xA06):
+            return self._augment(images, targets)
+
+    def _augment(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         images = self.normalize(images)
         if self.erase is not None:
             images = self.erase(images)
@@ -68,7 +78,9 @@ class Updater:
         optimizer: torch.optim.Optimizer,
         augment: DeviceAugment,
         device: torch.device,
+        rank: int = 0,
     ):
+        self.rank = rank
         self.recipe, self.plan, self.model, self.optimizer = recipe, plan, model, optimizer
         self.augment, self.device = augment, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision.dtype == "fp16")
@@ -90,7 +102,8 @@ class Updater:
             batch = next(batches)
             used.append(batch)
             labels = batch.targets.to(device, non_blocking=True)
-            images, targets = self.augment(batch.images.to(device, non_blocking=True), labels)
+            images = batch.images.to(device, non_blocking=True)
+            images, targets = self.augment(images, labels, step * plan.grad_accum_steps + micro, self.rank)
             last = micro == plan.grad_accum_steps - 1
             skip_sync = getattr(self.model, "no_sync", None)
             with contextlib.nullcontext() if last or skip_sync is None else skip_sync():
