@@ -27,7 +27,7 @@ def metrics(run: str | Path, *, timeless: bool = True) -> list[dict]:
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     if timeless:
         for line in lines:
-            for key in ("images_per_s", "data_wait"):
+            for key in ("images_per_s", "data_wait", "seconds"):
                 line.pop(key, None)
     return lines
 

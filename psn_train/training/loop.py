@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from psn_train.data.stream import TrainStream, make_loader
@@ -68,6 +70,7 @@ def train(recipe: Recipe) -> int:
 
     def evaluate_epoch(epoch: int) -> bool:
         """True where the selected figure is the best so far."""
+        begin = time.monotonic()
         run.average_batch_norm()
         firing = recipe.log.firing_rates
         # hooks count the spikes, and a compiled graph would not call them
@@ -76,7 +79,7 @@ def train(recipe: Recipe) -> int:
                 which: evaluate(network, recipe, eval_loader, device=device, firing=firing, stop=run.stop)
                 for which, network in run.networks()
             }
-        return run.note_evaluation(epoch, results)
+        return run.note_evaluation(epoch, results, time.monotonic() - begin)
 
     final_step = min(plan.total_steps, recipe.schedule.stop_after_steps or plan.total_steps)
     loader = make_loader(

@@ -187,7 +187,7 @@ class Run:
     def headline(self) -> str:
         """One line on what is about to run, and where."""
         plan, recipe = self.plan, self.recipe
-        place = str(self.device) if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+        place = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
         begin = f"goes on after step {self.step}" if self.step else "starts"
         return (
             f"{recipe.name} {begin}: {recipe.model.name}, T = {recipe.model.T}, {plan.train_samples} samples, "
@@ -290,10 +290,10 @@ class Run:
             return False
         return last or (ended + 1) % self.recipe.log.eval_every_epochs == 0
 
-    def note_evaluation(self, epoch: int, results: dict[str, Result]) -> bool:
+    def note_evaluation(self, epoch: int, results: dict[str, Result], seconds: float) -> bool:
         """Write the results down; True where the selected figure is the best so far (the first of equals stays)."""
         selected = self.recipe.checkpoint.select_by or ("ema_top1" if "ema" in results else "top1")
-        record: dict = {"kind": "eval", "step": self.step, "epoch": epoch}
+        record: dict = {"kind": "eval", "step": self.step, "epoch": epoch, "seconds": seconds}
         for which, result in results.items():
             prefix = "ema_" if which == "ema" else ""
             record |= {f"{prefix}top1": result.top1, f"{prefix}top5": result.top5, f"{prefix}loss": result.loss}
@@ -317,7 +317,8 @@ class Run:
         for layer, figures in main.firing.items():
             scalars |= {f"{key}/{layer}": value for key, value in figures.items()}
         self.accelerator.log(scalars, step=self.step)
-        self._last_log = time.monotonic()
+        # the throughput is that of training
+        self._last_log += seconds
         return improved
 
     def _evaluation_line(self, epoch: int, record: dict) -> str:
@@ -371,7 +372,7 @@ class Run:
                 "recipe_hash": recipe_hash(self.recipe),
                 "versions": versions(),
                 "world_size": self.plan.world_size,
-                "device": str(self.device) if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
+                "device": "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
             }
             checkpoint = Checkpoint(
                 meta=meta,

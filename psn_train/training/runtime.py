@@ -6,6 +6,7 @@ import contextlib
 import os
 import random
 import signal
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,8 @@ def build_accelerator(recipe: Recipe):
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
+    # torch 2.15 calls it forward_sync_buffers; accelerate passes the old name, which older versions need
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     return Accelerator(
         # without it two processes on a CPU train side by side, unsynchronised
         cpu=not torch.cuda.is_available(),

@@ -1,0 +1,177 @@
+"""Several processes under real launchers: two equal one, every sample counts once, signals stop all of them."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, merged
+from safetensors.torch import load_file
+
+from psn_train.recipe import check_recipe
+from psn_train.training.checkpoint import find_checkpoint, read_meta
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+# frozen batch norm (see FREEZE) makes the gradient of a batch the mean of its parts' gradients
+EXACT = {"schedule": {"epochs": None, "steps": 8}, "checkpoint": {"every_steps": 4}, "log": {"every_steps": 1}}
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def launch(document: dict, folder: Path, processes: int, *, before: str = "", wait: bool = True):
+    """`accelerate launch` as the README shows it, on CPU processes: (status, output), or the running process."""
+    recipe = folder / "launched.yaml"
+    # YAML 1.2 has JSON in it
+    recipe.write_text(json.dumps({key: value for key, value in document.items() if value is not None}))
+    flags = ["--num_machines", "1", "--num_processes", str(processes), "--main_process_port", str(free_port())]
+    flags += ["--mixed_precision", "no", "--dynamo_backend", "no"] + (["--multi_gpu"] if processes > 1 else [])
+    if before:
+        script = folder / "patched.py"
+        script.write_text(
+            f"{before}\nimport sys\nfrom psn_train.cli import main\nsys.exit(main(['train', *sys.argv[1:]]))"
+        )
+        target = [str(script), str(recipe)]
+    else:
+        target = ["-m", "psn_train.train", str(recipe)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, *target]
+    running = subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if not wait:
+        return running
+    output, _ = running.communicate(timeout=200)
+    return running.returncode, output
+
+
+def lines(run: str | Path, kind: str) -> list[dict]:
+    found = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+FREEZE = """
+import torch
+import psn_train.training.step as m
+run = m.Updater.run
+def frozen(self, batches, step):
+    for module in self.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    return run(self, batches, step)
+m.Updater.run = frozen
+"""
+
+
+def test_two_processes_equal_one(small, tmp_path):
+    """Same batches, same losses, same weights, but for the order in which floats are added."""
+    one, two = small("one", **EXACT), small("two", **EXACT)
+    for document, processes in ((one, 1), (two, 2)):
+        status, output = launch(document, tmp_path, processes, before=FREEZE)
+        assert status == 0, output
+    losses = [[line["loss"] for line in lines(run["run_dir"], "train")] for run in (one, two)]
+    assert len(losses[0]) == 8
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    tops = [[line["top1"] for line in lines(run["run_dir"], "train")] for run in (one, two)]
+    assert tops[1] == tops[0]
+    first, second = (load_file(find_checkpoint(run["run_dir"], "last") / "model.safetensors") for run in (one, two))
+    for key in first:
+        torch.testing.assert_close(second[key], first[key], rtol=1e-4, atol=1e-5, msg=key)
+    evaluations = [lines(run["run_dir"], "eval")[-1] for run in (one, two)]
+    assert [evaluation["count"] for evaluation in evaluations] == [50, 50]
+    assert evaluations[1]["loss"] == pytest.approx(evaluations[0]["loss"], rel=1e-4)
+    assert evaluations[1]["firing_rate"] == pytest.approx(evaluations[0]["firing_rate"], rel=1e-2)
+
+
+def test_killed_and_resumed_under_two_processes_and_then_under_one(small, tmp_path):
+    changes = {"checkpoint": {"every_steps": 4}, "data": {"workers": 1}, "schedule": {"epochs": 2}}
+    whole, killed = small("whole", **changes), small("killed", **changes)
+    status, output = launch(whole, tmp_path, 2)
+    assert status == 0, output
+    assert "2 x cpu, batch 24 = 2 x 12 x 1" in output
+    kill = """
+import os, signal
+import psn_train.training.step as m
+run = m.Updater.run
+def killing(self, batches, step):
+    if step == 6 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run(self, batches, step)
+m.Updater.run = killing
+"""
+    status, output = launch(killed, tmp_path, 2, before=kill)
+    assert status != 0
+    assert read_meta(find_checkpoint(killed["run_dir"], "last"))["step"] == 4
+    status, output = launch(killed, tmp_path, 2)
+    assert status == 0 and "goes on after step 4" in output, output
+    names = ("model.safetensors", "optimizer.safetensors", "ranks.safetensors")
+    for name in names:
+        expected, found = (load_file(find_checkpoint(run["run_dir"], "last") / name) for run in (whole, killed))
+        assert expected.keys() == found.keys()
+        for key in expected:
+            assert torch.equal(found[key], expected[key]), f"{name}: {key}"
+    # batch norm statistics: each rank its own in the ranks' file, their mean in the model
+    ranks = load_file(find_checkpoint(whole["run_dir"], "last") / "ranks.safetensors")
+    model = load_file(find_checkpoint(whole["run_dir"], "last") / "model.safetensors")
+    mean = (ranks["rank0/buffer.bn1.running_mean"] + ranks["rank1/buffer.bn1.running_mean"]) / 2
+    torch.testing.assert_close(model["bn1.running_mean"], mean)
+    # on with another number of processes
+    longer = merged(killed, {"schedule": {"epochs": 3}, "checkpoint": {"accept_changes": True}})
+    status, output = launch(longer, tmp_path, 1)
+    assert status == 0 and "saved by 2 processes, resumed by 1" in output, output
+    assert read_meta(find_checkpoint(killed["run_dir"], "last"))["step"] == 19
+
+
+def test_signal_to_one_rank_stops_all_and_loses_nothing(small, tmp_path):
+    document = small("stopped", schedule={"epochs": None, "steps": 4000}, checkpoint={"every_epochs": 9999})
+    running = launch(document, tmp_path, 2, wait=False)
+    deadline = time.monotonic() + 150
+    metrics = Path(document["run_dir"]) / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size > 400):
+        assert time.monotonic() < deadline and running.poll() is None, running.stdout.read()
+        time.sleep(0.2)
+    children = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGUSR1)
+    output, _ = running.communicate(timeout=100)
+    assert "all is saved" in output and re.search(r"exitcode\s*: 75", output), output
+    meta = read_meta(find_checkpoint(document["run_dir"], "last"))
+    assert meta["step"] >= lines(document["run_dir"], "train")[-1]["step"]
+    assert len(meta["recipe"]) and check_recipe(meta["recipe"]).seed == 1
+
+
+def test_world_size_that_does_not_divide_is_refused_by_every_rank(small, tmp_path):
+    document = small("odd", data={"global_batch_size": 25})
+    status, output = launch(document, tmp_path, 2)
+    assert status != 0
+    assert "does not divide over 2 devices" in output and "Traceback" not in output.split("psn:")[0]
+
+
+def test_a_typo_is_reported_by_the_launcher_too(small, tmp_path):
+    document = small("typo", optim={"lerning_rate": 1})
+    status, output = launch(document, tmp_path, 2)
+    assert status != 0 and "did you mean optim.lr?" in output
+
+
+def test_shipped_cpu_configuration_starts_two_synchronised_processes(small, tmp_path):
+    config = ROOT / "launch" / "accelerate" / "cpu.yaml"
+    settings = yaml.safe_load(config.read_text())
+    assert settings["num_processes"] == 2 and settings["use_cpu"] is True
+    document = small("configured", schedule={"epochs": None, "steps": 2})
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(document))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    command += ["--main_process_port", str(free_port()), "-m", "psn_train.train", str(recipe)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "2 x cpu" in done.stdout, done.stdout + done.stderr
