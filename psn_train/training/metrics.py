@@ -138,6 +138,24 @@ class Display:
             self.progress.stop()
 
 
+def evaluation_line(record: dict, best: dict) -> str:
+    """One line for the terminal from an evaluation's record and the best one's."""
+    selected = best["selected_by"]
+    text = (
+        f"epoch {record['epoch'] + 1} evaluated on {record['count']}: top-1 {record['top1']:.2f} %, "
+        f"top-5 {record['top5']:.2f} %, loss {record['loss']:.4f}"
+    )
+    if "ema_top1" in record:
+        text += f"; EMA top-1 {record['ema_top1']:.2f} %"
+    text += f"; best {selected} {best[selected]:.2f} (epoch {best['epoch'] + 1})"
+    if "firing" in record:
+        dead = sum(layer["dead"] for layer in record["firing"].values()) / len(record["firing"])
+        text += f"; firing {record['firing_rate']:.3f}, dead {dead:.1%}"
+    if record.get("lambda", 1.0) < 1.0:
+        text += f"; masked PSN with lambda = {record['lambda']:.3f} < 1: not causal yet"
+    return text
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -10,11 +10,9 @@ runs/NAME/
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
-import platform
 import time
 from collections.abc import Iterator
 
@@ -22,7 +20,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-import psn_train
 from psn_train.data.index import ShardError
 from psn_train.data.stream import Batch
 from psn_train.neurons import get_lambda, set_lambda
@@ -37,24 +34,13 @@ from psn_train.training.checkpoint import (
     save_checkpoint,
 )
 from psn_train.training.evaluate import Result
-from psn_train.training.metrics import Display, MetricsFile
-from psn_train.training.runtime import RankState, StopSignal, all_reduce_sum, average_batch_norm
+from psn_train.training.metrics import Display, MetricsFile, evaluation_line
+from psn_train.training.runtime import RankState, StopSignal, all_reduce_sum, average_batch_norm, versions
 from psn_train.training.step import Updater
 
 
 class RunError(ValueError):
     """A run's folder does not fit what is asked of it."""
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes the weights."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"psn_train": psn_train.__version__, "python": platform.python_version()}
-    for package in ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy", "pillow"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 class Run:
@@ -312,7 +298,7 @@ class Run:
         self.results["last"] = summary
         if self.is_main:
             self.metrics.write(record)
-            self.display.say(self._evaluation_line(epoch, record))
+            self.display.say(evaluation_line(record, self.results["best"]))
         scalars = {f"eval/{key}": value for key, value in record.items() if isinstance(value, float)}
         for layer, figures in main.firing.items():
             scalars |= {f"{key}/{layer}": value for key, value in figures.items()}
@@ -320,22 +306,6 @@ class Run:
         # the throughput is that of training
         self._last_log += seconds
         return improved
-
-    def _evaluation_line(self, epoch: int, record: dict) -> str:
-        best, selected = self.results["best"], self.results["best"]["selected_by"]
-        text = (
-            f"epoch {epoch + 1} evaluated on {record['count']}: top-1 {record['top1']:.2f} %, "
-            f"top-5 {record['top5']:.2f} %, loss {record['loss']:.4f}"
-        )
-        if "ema_top1" in record:
-            text += f"; EMA top-1 {record['ema_top1']:.2f} %"
-        text += f"; best {selected} {best[selected]:.2f} (epoch {best['epoch'] + 1})"
-        if "firing" in record:
-            dead = sum(layer["dead"] for layer in record["firing"].values()) / len(record["firing"])
-            text += f"; firing {record['firing_rate']:.3f}, dead {dead:.1%}"
-        if record.get("lambda", 1.0) < 1.0:
-            text += f"; masked PSN with lambda = {record['lambda']:.3f} < 1: not causal yet"
-        return text
 
     def save_due(self, ended: int | None, last: bool) -> bool:
         every = self.recipe.checkpoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import random
 import signal
 import warnings
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import psn_train
 from psn_train.recipe import Recipe
 
 # what `psn train` exits with after a SIGTERM or SIGUSR1, when everything is saved: EX_TEMPFAIL, "try again"
@@ -63,6 +65,17 @@ def set_precision(recipe: Recipe, device: torch.device) -> None:
         if getattr(precision, key) == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
             name = torch.cuda.get_device_name(device)
             raise ValueError(f"precision.{key}: bf16, but {name} has none; use fp16 or fp32")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes the weights."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"psn_train": psn_train.__version__, "python": platform.python_version()}
+    for package in ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy", "pillow"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def autocast(dtype: str, device: torch.device):
