@@ -13,19 +13,31 @@ import psn_train
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit status. Mistakes of the user end in one message and status 2."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, left = parser.parse_known_args(arguments)
+    # argparse gives up on overrides behind an option
+    overrides = [word for word in left if "=" in word and not word.startswith("-")]
+    if left != overrides or (left and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.overrides += overrides
     try:
         return options.run(options) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("PSN_TRACEBACK"):
             raise
         rank = os.environ.get("RANK")
         where = f"[rank {rank}] " if rank not in (None, "0") else ""
         print(f"{where}psn: {error}", file=sys.stderr)
         return 2
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least 1")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -52,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--weights", choices=("auto", "model", "ema"), default="auto", help="auto: EMA if there is one"
     )
-    evaluate.add_argument("--batch-size", type=int, default=64)
+    evaluate.add_argument("--batch-size", type=_count, default=64)
     evaluate.add_argument("--workers", type=int, default=2)
     evaluate.add_argument("--device", help="such as cuda:1; by default a GPU if there is one")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object in place of a table")
@@ -60,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     recipe = verb("recipe", _recipe, "print a resolved recipe and every number that follows from it")
     recipe.add_argument("recipe", nargs="?", help="a YAML file, or the name of one that comes with the package")
     recipe.add_argument("overrides", nargs="*", metavar="key=value")
-    recipe.add_argument("--devices", type=int, default=None, help="of which the plan speaks (default: 1 and 8)")
+    recipe.add_argument("--devices", type=_count, default=None, help="of which the plan speaks (default: 1 and 8)")
     recipe.add_argument("--json", action="store_true", help="print the resolved recipe as JSON")
     recipe.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for editors")
     recipe.add_argument("--list", action="store_true", help="list the recipes that come with the package")
@@ -83,11 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     images.add_argument("out", metavar="OUT", help="each split goes into a folder of its own in here")
     images.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these (default: all that SRC has)")
     images.add_argument("--val-labels", help="labels of ILSVRC2012_img_val.tar: text file or development kit")
-    images.add_argument("--num-shards", type=int, help="per split (default: by size, about 140 MB each)")
-    images.add_argument("--max-side", type=int, help="re-encode larger images to this longer side, in pixels")
+    images.add_argument("--num-shards", type=_count, help="per split (default: by size, about 140 MB each)")
+    images.add_argument("--max-side", type=_count, help="re-encode larger images to this longer side, in pixels")
     images.add_argument("--quality", type=int, default=90, help="JPEG quality of re-encoded images")
     images.add_argument("--seed", type=int, default=0, help="of the order of samples in the shards")
-    images.add_argument("--workers", type=int, default=os.cpu_count())
+    images.add_argument("--workers", type=_count, default=os.cpu_count())
     images.add_argument("--skip-bad", action="store_true", help="leave unreadable images out; they are listed")
     images.add_argument("--overwrite", action="store_true", help="replace shards that were made otherwise")
     index = verb("index", _shards_index, "write an index.json for webdataset shards that have none", kinds)
@@ -95,10 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--to", required=True, metavar="DIR", help="folder for index.json")
     index.add_argument("--split", default="train")
     index.add_argument("--classes", help="text file with one class a line")
-    index.add_argument("--workers", type=int, default=os.cpu_count())
+    index.add_argument("--workers", type=_count, default=os.cpu_count())
     verify = verb("verify", _shards_verify, "read shards whole, decode every image, compare with the index", kinds)
     verify.add_argument("folder", metavar="DIR", help="folder or URL with an index.json")
-    verify.add_argument("--workers", type=int, default=os.cpu_count())
+    verify.add_argument("--workers", type=_count, default=os.cpu_count())
     verify.add_argument("--no-decode", action="store_true", help="hashes and counts only")
     return parser
 
@@ -179,8 +191,20 @@ def _recipe(options) -> int:
         return 0
     from psn_train.recipe.show import show_recipe
 
-    show_recipe(recipe, [options.devices] if options.devices else [1, 8])
+    show_recipe(recipe, [options.devices] if options.devices else [1, 8], *_train_samples(recipe))
     return 0
+
+
+def _train_samples(recipe) -> tuple[int | None, str]:
+    from psn_train.data.index import ShardError, load_index
+
+    try:
+        index = load_index(recipe.data.train)
+    except ShardError as error:
+        if recipe.data.train_samples is None:
+            return None, f"unknown: {error}"
+        return recipe.data.train_samples, "the recipe's data.train_samples; the shards are not there"
+    return index.num_samples, f"{recipe.data.train}, {len(index.shards)} shards, {len(index.classes)} classes"
 
 
 def _doctor(options) -> int:

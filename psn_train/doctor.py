@@ -9,6 +9,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 _REQUIRED = {
@@ -57,7 +58,7 @@ def _versions(problems: list[str]) -> Table:
         try:
             table.add_row(package, version(package), "")
         except PackageNotFoundError:
-            table.add_row(package, "-", f"optional; {use}")
+            table.add_row(package, "-", escape(f"optional; {use}"))
     if "pillow" in _REQUIRED and _parts(version("pillow")) >= (13,):
         problems.append("pillow 13 breaks timm's RandAugment '-inc1' (posterize to 0 bits): pip install 'pillow<13'")
     return table
@@ -140,6 +141,6 @@ def run_doctor() -> int:
         if variable in os.environ:
             console.print(f"environment: {variable}={os.environ[variable]}")
     for problem in problems:
-        console.print(f"[red]problem:[/] {problem}", markup=True)
+        console.print(f"[red]problem:[/] {escape(problem)}", markup=True)
     console.print("ready to train" if not problems else f"{len(problems)} to mend")
     return 1 if problems else 0

@@ -1,6 +1,7 @@
 """Fixtures: small shards of real digits, shared data where it is present, training runs in processes of their own."""
 
 import faulthandler
+import json
 import multiprocessing
 import os
 import signal
@@ -10,9 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from psn_train.training.checkpoint import find_checkpoint
 
 # two runs are compared bit for bit: the number of threads must not depend on what else runs
 os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("PSN_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -94,8 +100,6 @@ def small(digit_shards, tmp_path):
 
 
 def _child(document: dict, before: str | None, errors: str) -> None:
-    import torch
-
     torch.set_num_threads(1)
     # a spawned process would spawn its decoding processes, too, which takes seconds each
     multiprocessing.set_start_method("fork", force=True)
@@ -132,6 +136,31 @@ def run_in_child(document: dict, folder: Path, before: str | None = None, interr
         os.kill(process.pid, signal.SIGKILL)
         raise AssertionError("the run hangs: " + log.read_text())
     return process.exitcode, log.read_text() if log.exists() else ""
+
+
+def weights(run: str | Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(find_checkpoint(run, "last") / name)
+
+
+def metrics(run: str | Path, *, timeless: bool = True) -> list[dict]:
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    if timeless:
+        for line in lines:
+            for key in ("images_per_s", "data_wait", "seconds"):
+                line.pop(key, None)
+    return lines
+
+
+def assert_same_run(run: str | Path, reference: str | Path) -> None:
+    for name in ("model.safetensors", "optimizer.safetensors", "ranks.safetensors"):
+        ours, theirs = weights(run, name), weights(reference, name)
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            assert torch.equal(ours[key], theirs[key]), f"{name}: {key}"
+    if (find_checkpoint(reference, "last") / "ema.safetensors").exists():
+        ours, theirs = weights(run, "ema.safetensors"), weights(reference, "ema.safetensors")
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert metrics(run) == metrics(reference)
 
 
 @pytest.fixture

@@ -261,7 +261,7 @@ def test_imagenet_recipes_state_the_papers_runs(layers, batch, capsys):
     assert recipe.augment.auto_augment is None and recipe.ema.decay is None
     plan = make_plan(recipe, world_size=8, train_samples=1281167)
     assert (plan.global_batch_size, plan.micro_batch_size, plan.grad_accum_steps) == (batch, batch // 8, 1)
-    show_recipe(recipe, [8])
+    show_recipe(recipe, [8], 1281167, "the test")
     printed = capsys.readouterr().out
     assert f"{plan.total_steps:,}" in printed and str(batch // 8) in printed
 

@@ -1,195 +1,17 @@
-"""Whole runs on real digits: resumed equals uninterrupted, errors stop in time, logs tell the truth."""
+"""Whole runs on real digits: every part of a recipe trains, errors stop in time, logs tell the truth."""
 
 import json
-import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import merged, run_in_child, small_document
-from safetensors.torch import load_file
+from conftest import assert_same_run, metrics, weights
 
 from psn_train.recipe import check_recipe
-from psn_train.training.checkpoint import find_checkpoint, last_checkpoint, read_meta
+from psn_train.training.checkpoint import find_checkpoint, read_meta
 from psn_train.training.run import RunError
-from psn_train.training.runtime import EXIT_STOPPED
 
 STEPS = 19  # 3 epochs * 150 samples / batches of 24, rounded up
-
-
-def weights(run: str | Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
-    return load_file(find_checkpoint(run, "last") / name)
-
-
-def metrics(run: str | Path, *, timeless: bool = True) -> list[dict]:
-    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-    if timeless:
-        for line in lines:
-            for key in ("images_per_s", "data_wait", "seconds"):
-                line.pop(key, None)
-    return lines
-
-
-def assert_same_run(run: str | Path, reference: str | Path) -> None:
-    for name in ("model.safetensors", "optimizer.safetensors", "ranks.safetensors"):
-        ours, theirs = weights(run, name), weights(reference, name)
-        assert ours.keys() == theirs.keys()
-        for key in theirs:
-            assert torch.equal(ours[key], theirs[key]), f"{name}: {key}"
-    if (find_checkpoint(reference, "last") / "ema.safetensors").exists():
-        ours, theirs = weights(run, "ema.safetensors"), weights(reference, "ema.safetensors")
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert metrics(run) == metrics(reference)
-
-
-# everything that has a state: momentum, dropout's generator, mixing's generator, the moving average, a log window
-STATEFUL = {
-    "model": {"args": {"stem": "3x3", "width": 8, "drop_rate": 0.2}},
-    "augment": {"mixup": 0.2, "cutmix": 1.0, "random_erasing": 0.3, "random_erasing_mode": "pixel"},
-    "ema": {"decay": 0.9},
-    "optim": {"clip_grad_norm": 1.0, "weight_decay": 1e-3},
-    "data": {"max_batch_per_device": 12, "workers": 1},
-    "checkpoint": {"every_steps": 4, "keep_last": 1},
-    "log": {"every_steps": 3},
-}
-
-
-@pytest.fixture(scope="module")
-def reference(digit_shards, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reference")
-    document = merged(small_document(digit_shards, folder / "uninterrupted"), STATEFUL)
-    status, log = run_in_child(document, folder)
-    assert status == 0, log
-    return document["run_dir"]
-
-
-# what kills the run, in its own words: a patch that runs before training
-_KILL = "import os, signal, psn_train.training.{module} as m\n"
-KILLS = {
-    "inside an epoch, after 6 updates": (
-        "step",
-        """
-run = m.Updater.run
-def killing(self, batches, step):
-    if step == 6: os.kill(os.getpid(), signal.SIGKILL)
-    return run(self, batches, step)
-m.Updater.run = killing
-""",
-    ),
-    "in a save, after one file": (
-        "checkpoint",
-        """
-save = m.save_file
-def killing(tensors, path):
-    save(tensors, path)
-    if "ema" in path.name: os.kill(os.getpid(), signal.SIGKILL)
-m.save_file = killing
-""",
-    ),
-    "in a save, just before it is renamed": (
-        "checkpoint",
-        """
-replace, renames = m.os.replace, []
-def killing(a, b):
-    if str(b).endswith("step_00000012"): os.kill(os.getpid(), signal.SIGKILL)
-    replace(a, b)
-m.os.replace = killing
-""",
-    ),
-    "in a save, before LAST moves": (
-        "checkpoint",
-        """
-write = m._write_text
-def killing(path, text):
-    if path.name == "LAST" and "12" in text: os.kill(os.getpid(), signal.SIGKILL)
-    write(path, text)
-m._write_text = killing
-""",
-    ),
-    "in a save, while the old one is deleted": (
-        "checkpoint",
-        """
-rmtree = m.shutil.rmtree
-def killing(path, **kw):
-    if str(path).endswith(".old"): os.kill(os.getpid(), signal.SIGKILL)
-    rmtree(path, **kw)
-m.shutil.rmtree = killing
-""",
-    ),
-    "in an evaluation": (
-        "evaluate",
-        """
-all_reduce, calls = m.all_reduce_sum, []
-def killing(*tensors):
-    os.kill(os.getpid(), signal.SIGKILL)
-m.all_reduce_sum = killing
-""",
-    ),
-}
-
-
-@pytest.mark.slow
-def test_killed_anywhere_and_resumed_equals_uninterrupted_bit_for_bit(small, train_in_child, reference):
-    document = small("killed", **STATEFUL)
-    for place, (module, patch) in KILLS.items():
-        status, log = train_in_child(document, before=_KILL.format(module=module) + patch)
-        assert status == -signal.SIGKILL, f"{place}: {log}"
-    # killed by time, too, wherever that is
-    for seconds in (0.6, 1.2):
-
-        def kill_later(process, seconds=seconds):
-            time.sleep(seconds)
-            process.kill()
-
-        train_in_child(document, interrupt=kill_later)
-    status, log = train_in_child(document)
-    assert status == 0, log
-    assert "goes on after step" in log
-    assert_same_run(document["run_dir"], reference)
-    left = sorted(path.name for path in (Path(document["run_dir"]) / "checkpoints").iterdir())
-    expected = sorted(path.name for path in (Path(reference) / "checkpoints").iterdir())
-    assert left == expected
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_finishes_the_step_saves_and_exits_with_its_own_status(small, train_in_child, reference, number):
-    document = small("stopped", **STATEFUL)
-    send = f"""
-import os, signal, psn_train.training.step as m
-run = m.Updater.run
-def signalled(self, batches, step):
-    if step == 9: os.kill(os.getpid(), {int(number)})
-    return run(self, batches, step)
-m.Updater.run = signalled
-"""
-    status, log = train_in_child(document, before=send)
-    assert status == EXIT_STOPPED, log
-    assert f"stopped by {number.name} after step 10; all is saved" in log
-    assert last_checkpoint(Path(document["run_dir"]) / "checkpoints").name == "step_00000010"
-    status, log = train_in_child(document)
-    assert status == 0 and "goes on after step 10" in log
-    assert_same_run(document["run_dir"], reference)
-
-
-def test_signal_in_an_evaluation_owes_it(small, train_in_child, reference):
-    document = small("owing", **STATEFUL)
-    send = """
-import os, signal, psn_train.training.evaluate as m
-init = m.FiringRates.__init__
-def signalled(self, *a):
-    os.kill(os.getpid(), signal.SIGTERM)
-    init(self, *a)
-m.FiringRates.__init__ = signalled
-"""
-    status, log = train_in_child(document, before=send)
-    assert status == EXIT_STOPPED, log
-    meta = read_meta(find_checkpoint(document["run_dir"], "last"))
-    assert meta["step"] == 7 and meta["owed_epoch"] == 0
-    status, log = train_in_child(document)
-    assert status == 0, log
-    assert_same_run(document["run_dir"], reference)
 
 
 def train_here(document: dict) -> int:
@@ -436,7 +258,3 @@ def test_unknown_architectures_and_arguments(small):
         document["model"] = {"name": "sew_resnet10_psn", "T": 2, "in_chans": 1, **changes}
         with pytest.raises(ValueError, match=complaint):
             build_model(check_recipe(document), 10)
-
-
-def test_environment_has_one_thread_for_comparisons():
-    assert os.environ["OMP_NUM_THREADS"] == "1"

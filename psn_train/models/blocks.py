@@ -5,6 +5,7 @@ nn.BatchNorm2d and SyncBatchNorm take their statistics over T * N. A neuron foll
 shortcut included; none follows the join.
 """
 
+import contextlib
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -93,3 +94,18 @@ class Bottleneck(Block):
         x_seq = self.sn1(per_image(x_seq, self.conv1, self.bn1))
         x_seq = self.sn2(per_image(x_seq, self.conv2, self.bn2))
         return self.sn3(per_image(x_seq, self.conv3, self.bn3))
+
+
+@contextlib.contextmanager
+def no_running_stats(stage: nn.Module):
+    """Batch norms leave their running statistics and counters alone: a recomputation is no new batch."""
+    norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    norms = [(m, m.momentum, m.num_batches_tracked) for m in norms if m.track_running_stats]
+    for norm, _, count in norms:
+        # the same operations on the same buffers, as checkpointing demands, without an effect
+        norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
+    try:
+        yield
+    finally:
+        for norm, momentum, count in norms:
+            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -20,7 +20,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from psn_train.models.blocks import CONNECT_FUNCTIONS, BasicBlock, Block, Bottleneck, conv, per_image
+from psn_train.models.blocks import CONNECT_FUNCTIONS, BasicBlock, Block, Bottleneck, conv, no_running_stats, per_image
 from psn_train.neurons import NEURONS, Neuron, build_neuron, reset, set_step_mode, spiking_neurons
 
 __all__ = ["DEPTHS", "SEWResNet"]
@@ -232,7 +232,7 @@ class SEWResNet(nn.Module):
         if torch.compiler.is_compiling() or isinstance(stage, nn.Identity):
             contexts = {}
         else:
-            contexts = {"context_fn": lambda: (contextlib.nullcontext(), _no_running_stats(stage))}
+            contexts = {"context_fn": lambda: (contextlib.nullcontext(), no_running_stats(stage))}
         return checkpoint(stage, x_seq, use_reentrant=False, **contexts)
 
     def _pool(self, x_seq: Tensor) -> Tensor:
@@ -325,21 +325,6 @@ class SEWResNet(nn.Module):
         if prune_head:
             self.reset_classifier(0, "")
         return take
-
-
-@contextlib.contextmanager
-def _no_running_stats(stage: nn.Module):
-    """Batch norms leave their running statistics and counters alone: a recomputation is no new batch."""
-    norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    norms = [(m, m.momentum, m.num_batches_tracked) for m in norms if m.track_running_stats]
-    for norm, _, count in norms:
-        # the same operations on the same buffers, as checkpointing demands, without an effect
-        norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
-    try:
-        yield
-    finally:
-        for norm, momentum, count in norms:
-            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 # ---- registration

@@ -49,6 +49,9 @@ def load_timm_folder(where: str | os.PathLike) -> tuple[nn.Module, Recipe, dict]
     import psn_train.models  # noqa: F401 (registers the architectures)
 
     config = json.loads((Path(where) / "config.json").read_text(encoding="utf-8"))
+    missing = [key for key in ("architecture", "pretrained_cfg") if key not in config]
+    if missing:
+        raise CheckpointError(f"{where}/config.json is not timm's: it has no {' and no '.join(missing)}")
     model = timm.create_model(f"local-dir:{where}", pretrained=True).eval()
     own = config.get("psn_train")
     if own is not None:
@@ -90,6 +93,8 @@ def write_timm_folder(where: str | os.PathLike, out: str | os.PathLike, *, prefe
     """
     from timm.models import save_for_hf
 
+    if (Path(where) / "config.json").exists():
+        raise CheckpointError(f"{where} is a timm folder already; publish takes a run or a folder step_XXXXXXXX")
     model, recipe, meta = load_run(where, prefer=prefer)
     out = Path(out)
     if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
@@ -98,7 +103,7 @@ def write_timm_folder(where: str | os.PathLike, out: str | os.PathLike, *, prefe
     if lambda_ is not None and lambda_ < 1:
         raise CheckpointError(
             f"{meta['path']}: lambda = {lambda_:.4f} < 1: this masked PSN still looks into the future. Publish a "
-            "checkpoint of an epoch with lambda = 1 (give its folder step_XXXXXXXX), or train to the end."
+            "checkpoint of an epoch with lambda = 1 (--which last, or its folder step_XXXXXXXX), or train to the end."
         )
     augment, side = recipe.augment, recipe.data.image_size
     resizes = augment.crop == "random_resized" or augment.eval_resize is not None
@@ -130,6 +135,20 @@ def write_timm_folder(where: str | os.PathLike, out: str | os.PathLike, *, prefe
     return out
 
 
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(name)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        count = torch.cuda.device_count()
+        raise ValueError(
+            f"device {name!r} is not to be had ({error}); this machine has cpu and {count} GPUs"
+        ) from error
+    return place
+
+
 def evaluate_folder(
     where: str | os.PathLike,
     shards: str,
@@ -153,7 +172,7 @@ def evaluate_folder(
             f"{where} tells {model.num_classes} classes apart, {shards} has {len(index.classes)}; other data?"
         )
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _device(device)
     cache = Path(recipe.data.cache_dir or Path(where) / "shards")
     reader = SampleReader(index, cache_dir=cache, cache_bytes=recipe.data.cache_gb * 1e9)
     loader = make_eval_loader(recipe, reader, batch_size=batch_size, device=place)

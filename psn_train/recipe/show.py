@@ -32,23 +32,14 @@ def learning_rates(recipe: Recipe, plan: Plan) -> list[tuple[str, float]]:
     return [(f"{schedule.by} {point}", at(point)) for point in points]
 
 
-def _train_samples(recipe: Recipe) -> tuple[int | None, str]:
-    from psn_train.data.index import ShardError, load_index
+def show_recipe(recipe: Recipe, devices: list[int], samples: int | None, source: str) -> None:
+    """Print the recipe as YAML, then a table of the derived numbers for each number of devices.
 
-    try:
-        index = load_index(recipe.data.train)
-    except ShardError as error:
-        if recipe.data.train_samples is None:
-            return None, f"unknown: {error}"
-        return recipe.data.train_samples, "the recipe's data.train_samples; the shards are not there"
-    return index.num_samples, f"{recipe.data.train}, {len(index.shards)} shards, {len(index.classes)} classes"
-
-
-def show_recipe(recipe: Recipe, devices: list[int]) -> None:
-    """Print the recipe as YAML, then a table of the derived numbers for each number of devices."""
+    Args:
+        samples: of the training shards, None where nobody knows; `source` says where the number is from.
+    """
     console = Console(highlight=False, soft_wrap=True)
     console.print(yaml.safe_dump(recipe.resolved(), sort_keys=False, width=110), markup=False)
-    samples, source = _train_samples(recipe)
     console.print(f"recipe hash {recipe_hash(recipe)}, run folder {recipe.run_path}", markup=False)
     console.print(f"training samples: {samples if samples is not None else 'unknown'} ({source})", markup=False)
     if samples is None:

@@ -214,12 +214,10 @@ class Run:
             return
         self.bad += names
         print("unreadable sample, another one in its place: " + "; ".join(names), flush=True)
-        if len(self.bad) > self.recipe.data.max_bad_samples:
-            raise ShardError(
-                f"{len(self.bad)} unreadable samples, data.max_bad_samples is {self.recipe.data.max_bad_samples}:\n  "
-                + "\n  ".join(self.bad)
-                + "\nCheck the shards with `psn shards verify`, or allow more."
-            )
+        allowed = self.recipe.data.max_bad_samples
+        if len(self.bad) > allowed:
+            text = f"{len(self.bad)} unreadable samples, data.max_bad_samples is {allowed}:\n  " + "\n  ".join(self.bad)
+            raise ShardError(text + "\nCheck the shards with `psn shards verify`, or allow more.")
 
     def _log_training(self, updater: Updater) -> None:
         now = time.monotonic()
@@ -293,6 +291,10 @@ class Run:
         best = self.results["best"]
         value = record[selected]
         improved = best is None or (value < best[selected] if selected == "loss" else value > best[selected])
+        # a masked PSN that is not causal yet is no candidate once there is one that is
+        open_before, open_now = (best or {}).get("lambda", 1.0) < 1.0, record.get("lambda", 1.0) < 1.0
+        if best is not None and open_before != open_now:
+            improved = open_before
         if improved:
             self.results["best"] = summary
         self.results["last"] = summary

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from psn_train.data.sources import Source
+from psn_train.data.sources.source import Source
 from psn_train.data.tar import RangeReader, walk_members
 
 TRAIN_TAR = "ILSVRC2012_img_train.tar"

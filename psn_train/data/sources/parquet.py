@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from psn_train.data.resume import guard_disk
-from psn_train.data.sources import Source, split_order
+from psn_train.data.sources.source import Source, split_order
 
 _SPLIT_NAME = re.compile(r"(train|validation|valid|val|test)(?=$|[-_.])")
 _SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "test": "test"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from psn_train.data.sources import ArraySource, Source
+from psn_train.data.sources.source import ArraySource, Source
 
 _LAYOUTS = {
     "cifar-10-batches-py": {
