@@ -27,7 +27,7 @@ _REQUIRED = {
 }
 _OPTIONAL = {
     "deepspeed": "ZeRO: pip install psn-train[deepspeed]",
-    "transformers": "accelerate wants it beside deepspeed: pip install psn-train[deepspeed]",
+    "transformers": "accelerate wants it beside deepspeed: pip install transformers",
     "triton": "GPU kernels; comes with torch on Linux",
     "pyarrow": "shards from parquet: pip install psn-train[hf]",
     "scipy": "labels from ILSVRC2012's development kit: pip install psn-train[imagenet]",
