@@ -12,7 +12,14 @@ from psn_train.training.build import build_model, check_channels_last, class_cou
 from psn_train.training.evaluate import EvaluationStopped, evaluate, make_eval_loader
 from psn_train.training.optim import LearningRate, build_optimizer, masked_lambda
 from psn_train.training.run import Run
-from psn_train.training.runtime import EXIT_STOPPED, NonFiniteLoss, build_accelerator, seed_everything, set_precision
+from psn_train.training.runtime import (
+    EXIT_STOPPED,
+    NonFiniteLoss,
+    build_accelerator,
+    launched_processes,
+    seed_everything,
+    set_precision,
+)
 from psn_train.training.step import DeviceAugment, Updater
 
 
@@ -32,13 +39,16 @@ def train(recipe: Recipe) -> int:
     num_classes = class_count(recipe, train_reader.index)
     if val_reader is not None:
         same_classes(train_reader.index, val_reader.index)
-    accelerator = build_accelerator(recipe)
-    device, rank, world_size = accelerator.device, accelerator.process_index, accelerator.num_processes
+    world_size = launched_processes()
     plan = make_plan(recipe, world_size=world_size, train_samples=train_reader.index.num_samples)
-    set_precision(recipe, device)
-
     seed_everything(recipe.seed)
     model = build_model(recipe, num_classes)
+    # moving a model keeps its parameters, so an optimiser that cannot be made is found here, too
+    optimizer = build_optimizer(model, recipe)
+
+    accelerator = build_accelerator(recipe, world_size)
+    device, rank = accelerator.device, accelerator.process_index
+    set_precision(recipe, device)
     run = Run(recipe, plan, accelerator)
     if recipe.model.init_from is not None and not run.resumes:
         from psn_train.models.weights import load_ann
@@ -50,7 +60,6 @@ def train(recipe: Recipe) -> int:
     if recipe.precision.channels_last:
         check_channels_last(model, device)
         model.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, recipe)
     learning_rate = LearningRate(optimizer, recipe, plan)
     run.track(model)
     if recipe.precision.compile:

@@ -24,7 +24,12 @@ EXIT_STOPPED = 75
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_accelerator(recipe: Recipe):
+def launched_processes() -> int:
+    """How many processes the launcher started, known before any of them talks to another."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def build_accelerator(recipe: Recipe, world_size: int):
     """accelerate's Accelerator for this process; on machines without a GPU it joins the CPU processes over gloo.
 
     accelerate prepares the model only. The order of samples, the schedule and autocast are the project's own:
@@ -36,7 +41,7 @@ def build_accelerator(recipe: Recipe):
 
     # torch 2.15 calls it forward_sync_buffers; accelerate passes the old name, which older versions need
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    return Accelerator(
+    accelerator = Accelerator(
         # without it two processes on a CPU train side by side, unsynchronised
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",
@@ -49,6 +54,12 @@ def build_accelerator(recipe: Recipe):
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         ],
     )
+    if accelerator.num_processes != world_size:
+        raise ValueError(
+            f"the launcher started {world_size} processes, accelerate joins {accelerator.num_processes} of them: each "
+            "would train by itself. On a CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu."
+        )
+    return accelerator
 
 
 def set_precision(recipe: Recipe, device: torch.device) -> None:
