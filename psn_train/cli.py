@@ -222,6 +222,7 @@ def _publish(options) -> int:
 
 
 def _shards_images(options) -> int:
+    from psn_train.data.companions import write_timm_root
     from psn_train.data.shards import write_shards
     from psn_train.data.sources import open_source
 
@@ -246,6 +247,7 @@ def _shards_images(options) -> int:
             f"{os.path.join(options.out, name)}: {index.num_samples} samples of {len(index.classes)} classes "
             f"in {len(index.shards)} shards, {index.num_bytes / 1e6:.1f} MB"
         )
+    write_timm_root(options.out)
     return 0
 
 
@@ -263,10 +265,10 @@ def _shards_index(options) -> int:
 
 
 def _shards_verify(options) -> int:
-    from psn_train.data.verify import verify_shards
+    from psn_train.data.verify import print_report, verify_shards
 
     report = verify_shards(options.folder, workers=options.workers, decode=not options.no_decode)
-    print(report)
+    print_report(report)
     return 0 if report.ok else 1
 
 

@@ -91,7 +91,7 @@ class FiringRates:
 class Display:
     """The terminal of the main process: a progress bar where there is one, a line at each log step where not."""
 
-    def __init__(self, *, enabled: bool, total: int, start: int, name: str):
+    def __init__(self, *, enabled: bool, total: int, start: int):
         from rich.console import Console
 
         self.enabled = enabled
@@ -102,14 +102,14 @@ class Display:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self.progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
+                # fits 80 columns
+                BarColumn(bar_width=12),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[figures]}"),
                 TimeRemainingColumn(),
                 console=self.console,
             )
-            self.task = self.progress.add_task(name, total=total, completed=start, figures="")
+            self.task = self.progress.add_task("", total=total, completed=start, figures="")
             self.progress.start()
         self.begin, self.begin_step = time.monotonic(), start
 

@@ -145,9 +145,7 @@ class Run:
                     "wandb": {"name": self.recipe.name, "id": self.recipe.name, "resume": "allow"},
                 },
             )
-        self.display = Display(
-            enabled=self.is_main, total=self.plan.total_steps, start=self.step, name=self.recipe.name
-        )
+        self.display = Display(enabled=self.is_main, total=self.plan.total_steps, start=self.step)
         self._started = self._last_log = time.monotonic()
         self._last_step = self.step
 
