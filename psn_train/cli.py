@@ -265,10 +265,10 @@ def _shards_index(options) -> int:
 
 
 def _shards_verify(options) -> int:
-    from psn_train.data.verify import print_report, verify_shards
+    from psn_train.data.verify import verify_shards
 
     report = verify_shards(options.folder, workers=options.workers, decode=not options.no_decode)
-    print_report(report)
+    print(report)
     return 0 if report.ok else 1
 
 

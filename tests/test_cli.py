@@ -150,7 +150,9 @@ def test_shards_images_verify_and_a_flipped_byte(image_folder, tmp_path, psn):
 
 def test_shards_images_takes_one_split(image_folder, tmp_path, psn, mistake):
     status, _, _ = psn("shards", "images", image_folder, tmp_path, "--splits", "val", "--workers", 1)
-    assert status == 0 and [path.name for path in tmp_path.iterdir()] == ["val"]
+    assert status == 0 and sorted(path.name for path in tmp_path.iterdir()) == ["_info.json", "val"]
+    # what timm's own reader looks for, under the root of all splits
+    assert list(json.loads((tmp_path / "_info.json").read_text())["splits"]) == ["val"]
     mistake("shards", "images", image_folder, tmp_path, "--splits", "test", says="it has train, val")
 
 
