@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from psn_train.data.companions import companion_texts
 from psn_train.data.foreign import open_stream, read_label, sample_kind
@@ -85,21 +83,6 @@ class VerifyReport:
             ("samples left out", self.skipped, "when the shards were written"),
         ]
         return [note for note in notes if note[1]]
-
-
-def print_report(report: VerifyReport, console: Console | None = None) -> None:
-    """The report as tables on a terminal."""
-    console = console or Console()
-    table = Table("shards", "samples", "MB", "decoded", "CMYK", "PNG in JPEG", "seconds", title=report.location)
-    counts = (report.num_shards, report.num_samples, f"{report.num_bytes / 1e6:.1f}", report.num_decoded)
-    table.add_row(*map(str, (*counts, len(report.cmyk), len(report.png_in_jpeg), f"{report.seconds:.1f}")))
-    console.print(table)
-    if report.problems:
-        table = Table("shard", "key", "problem")
-        for problem in report.problems[:50]:
-            table.add_row(problem.shard, problem.key, problem.what)
-        console.print(table)
-    console.print("ok" if report.ok else f"{len(report.problems)} problems")
 
 
 @dataclass
@@ -282,4 +265,4 @@ def _add_remarks(index: ShardIndex, report: VerifyReport) -> None:
         report.skipped += [(shard, key) for key in remarks.get("skipped", {})]
 
 
-__all__ = ["Problem", "ShardError", "VerifyReport", "print_report", "verify_shards"]
+__all__ = ["Problem", "ShardError", "VerifyReport", "verify_shards"]
