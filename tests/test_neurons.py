@@ -78,7 +78,9 @@ def test_masked_psn_equals_spikingjelly(sj, T, k, lambda_):
 @pytest.mark.parametrize(("T", "k"), [(1, 1), (1, 4), (3, 2), (4, 7), (32, 8)])
 @pytest.mark.parametrize("exp_init", [True, False])
 def test_sliding_psn_equals_spikingjelly(sj, T, k, exp_init):
-    assert_same(SlidingPSN(k, exp_init), sj.SlidingPSN(k, exp_init, sj.ATan(), step_mode="m"), (T, 3, 5))
+    assert_same(
+        SlidingPSN(k, "exp" if exp_init else "uniform"), sj.SlidingPSN(k, exp_init, sj.ATan(), step_mode="m"), (T, 3, 5)
+    )
 
 
 @pytest.mark.parametrize("T", STEPS)
@@ -95,7 +97,7 @@ def test_if_and_lif_equal_spikingjelly(sj, T, v_reset, detach_reset):
 
 
 def test_sigmoid_surrogate_equals_spikingjelly(sj):
-    assert_same(PSN(4, "sigmoid", 4.0), sj.PSN(4, sj.Sigmoid(4.0)), (4, 9))
+    assert_same(PSN(4, surrogate="sigmoid", alpha=4.0), sj.PSN(4, sj.Sigmoid(4.0)), (4, 9))
 
 
 def test_float32_spikes_differ_only_where_the_potential_is_at_the_threshold(sj):
@@ -126,7 +128,7 @@ def test_initial_weights_are_uniform_and_biases_minus_one(T):
 def test_sliding_psn_starts_uniform_or_exponential():
     weights = torch.cat([SlidingPSN(4).weight.detach() for _ in range(1000)])
     assert 0.49 < weights.abs().max() <= 0.5 and weights.std().item() == pytest.approx(0.5 / math.sqrt(3), rel=0.05)
-    exponential = SlidingPSN(4, exp_init=True)
+    exponential = SlidingPSN(4, init="exp")
     assert exponential.weight.tolist() == [0.125, 0.25, 0.5, 1.0] and exponential.bias.item() == -1.0
 
 
@@ -135,7 +137,7 @@ def test_initial_firing_rates_are_those_measured_on_the_authors_code():
     assert torch.stack(rates).mean().item() == pytest.approx(0.042, abs=0.005)
     x = torch.randn(8, 50000)
     # steps with a full history of two taps
-    assert SlidingPSN(2, exp_init=True)(x)[1:].mean().item() == pytest.approx(0.1855, abs=0.005)
+    assert SlidingPSN(2, init="exp")(x)[1:].mean().item() == pytest.approx(0.1855, abs=0.005)
 
 
 def test_parameters_and_state_by_name():
@@ -158,7 +160,7 @@ def test_step_by_step_equals_parallel(name, T, channels_last):
         x = x.to(memory_format=torch.channels_last)
     x = x.unflatten(0, (T, 2))
     parallel = layer(x)
-    layer.set_step_mode("s")
+    layer.step_mode = "s"
     for _ in range(2):  # the second time after a reset
         steps = [layer(frame) for frame in x]
         assert torch.equal(torch.stack(steps), parallel)
@@ -170,7 +172,7 @@ def test_state_is_k_inputs_and_survives_a_change_of_layout():
     layer = SlidingPSN(3)
     x = torch.randn(10, 2, 3, 4, 5)
     parallel = layer(x)
-    layer.set_step_mode("s")
+    layer.step_mode = "s"
     for t, frame in enumerate(x):
         frame = frame.to(memory_format=torch.channels_last) if t % 2 else frame
         assert torch.equal(layer(frame), parallel[t])
@@ -181,14 +183,14 @@ def test_stepping_carries_gradients_through_time():
     layer = SlidingPSN(2).double()
     x = torch.randn(4, 5, dtype=torch.double, requires_grad=True)
     (parallel,) = torch.autograd.grad(layer(x).sum(), x)
-    layer.set_step_mode("s")
+    layer.step_mode = "s"
     (steps,) = torch.autograd.grad(torch.stack([layer(frame) for frame in x]).sum(), x)
     torch.testing.assert_close(steps, parallel)
 
 
 def test_static_input_needs_whole_sequences():
     layer = LIF()
-    layer.set_step_mode("s")
+    layer.step_mode = "s"
     with pytest.raises(ValueError, match="forward_static needs step_mode 'm'"):
         layer.forward_static(torch.zeros(2, 3), 4)
 
@@ -211,9 +213,9 @@ def test_psn_refuses_to_step_and_nothing_is_left_half_changed():
 def test_masked_psn_steps_only_behind_a_closed_mask_and_only_T_times():
     layer = MaskedPSN(2, 3, lambda_=0.5)
     with pytest.raises(ValueError, match=r"lambda=0\.5.*only with lambda=1"):
-        layer.set_step_mode("s")
+        layer.step_mode = "s"
     layer.set_lambda(1.0)
-    layer.set_step_mode("s")
+    layer.step_mode = "s"
     for _ in range(3):
         layer(torch.randn(2, 5))
     with pytest.raises(ValueError, match="step 4 of T=3"):
@@ -273,14 +275,14 @@ def test_weights_of_another_order_are_refused():
     [
         (lambda: PSN(0), "got T=0, wanted a whole number of at least 1"),
         (lambda: PSN(4.0), "got T=4.0"),
-        (lambda: PSN(4, "relu"), "'relu', wanted one of atan"),
+        (lambda: PSN(4, surrogate="relu"), "'relu', wanted one of atan"),
         (lambda: PSN(4, alpha=0.0), "alpha=0.0, wanted a number above 0"),
         (lambda: MaskedPSN(0, 4), "got k=0"),
         (lambda: MaskedPSN(5, 4), "got k=5 and T=4, wanted k <= T"),
         (lambda: MaskedPSN(2, 4, lambda_=2.0), "lambda=2.0"),
         (lambda: SlidingPSN(0), "got k=0"),
         (lambda: LIF(tau=1.0), "tau=1.0, wanted a number above 1"),
-        (lambda: build_neuron("plastic", 4), "'plastic', wanted one of psn, masked_psn, sliding_psn, lif, if"),
+        (lambda: build_neuron("plastic", 4), "'plastic', wanted one of psn, masked_psn, sliding_psn, if, lif"),
         (lambda: build_neuron("masked_psn", 4), "got k=None and T=4, wanted an order k from 1 to T"),
         (lambda: build_neuron("sliding_psn", 4, 5), "got k=5 and T=4"),
         (lambda: build_neuron("psn", 4, 2), "got k, which it does not take"),

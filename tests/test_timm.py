@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import psn_train.models  # noqa: F401 (registers)
+from psn_train.models.sew_resnet import ARCHITECTURES
 from psn_train.neurons import NEURONS, get_lambda, set_lambda, spiking_neurons
 
 SHARED_DATA = Path(os.environ.get("PSN_SHARED_DATA", Path(__file__).parents[1].parent / "shared/data"))
@@ -29,16 +31,21 @@ def small(name="sew_resnet10_psn", **kwargs):
     return timm.create_model(name, **{**SMALL, **kwargs})
 
 
-def test_every_depth_and_neuron_is_registered():
+def test_every_architecture_and_neuron_is_registered():
+    assert set(NEURONS) == {"psn", "masked_psn", "sliding_psn", "if", "lif", "lif_no_reset", "plif", "klif", "glif"}
     names = {f"sew_resnet{depth}_{neuron}" for depth in (10, 18, 34, 50, 101, 152) for neuron in NEURONS}
-    assert names <= set(timm.list_models("sew_*")) and names == set(timm.list_models(module="sew_resnet"))
+    variants = ("sew_resnext50_32x4d", "sew_resnext101_32x8d", "sew_wide_resnet50_2", "sew_wide_resnet101_2")
+    others = {f"{variant}_{neuron}" for variant in variants for neuron in NEURONS}
+    assert names | others == set(timm.list_models("sew_*")) == set(timm.list_models(module="sew_resnet"))
+    plain = {f"{name}_{neuron}" for name in ("cifar_net", "sequential_net", "vgg_snn") for neuron in NEURONS}
+    assert plain == set(timm.list_models(module="conv_net"))
     entry = timm.model_entrypoint("sew_resnet34_masked_psn")
-    assert entry.__name__ == "sew_resnet34_masked_psn" and "34 with masked_psn" in entry.__doc__
-    for name in names:
+    assert entry.__name__ == "sew_resnet34_masked_psn" and "sew_resnet34 with masked_psn" in entry.__doc__
+    for name in sorted(names | others):
         with torch.device("meta"):
             model = timm.create_model(name, width=16)
-        depth, neuron = name.removeprefix("sew_resnet").split("_", 1)
-        assert (model.depth, model.neuron) == (int(depth), neuron)
+        assert name == next(a for a in ARCHITECTURES if name == f"{a}_{model.neuron}") + f"_{model.neuron}"
+        assert model.depth == int(re.search(r"\d+", name)[0])
         assert model.default_cfg["architecture"] == name
 
 

@@ -1,7 +1,19 @@
 """Networks; importing this package registers them with timm."""
 
-from psn_train.models import sew_resnet, weights
+from psn_train.models import conv_net, sew_resnet, weights
+from psn_train.models.conv_net import VGGSNN, CIFARNet, SequentialNet
+from psn_train.models.network import SpikingNetwork
 from psn_train.models.sew_resnet import SEWResNet
 from psn_train.models.weights import load_ann
 
-__all__ = ["SEWResNet", "load_ann", "sew_resnet", "weights"]
+__all__ = [
+    "VGGSNN",
+    "CIFARNet",
+    "SEWResNet",
+    "SequentialNet",
+    "SpikingNetwork",
+    "conv_net",
+    "load_ann",
+    "sew_resnet",
+    "weights",
+]

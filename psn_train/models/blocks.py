@@ -1,4 +1,4 @@
-"""The blocks of SEW-ResNets: spike-element-wise residual blocks on [T, N, C, H, W].
+"""The blocks of the networks: convolution, batch norm and neuron; spike-element-wise residual blocks.
 
 Legend: T time-steps, N batch, C channels, H x W pixels. Convolutions and batch norms see [T * N, C, H, W], so ordinary
 nn.BatchNorm2d and SyncBatchNorm take their statistics over T * N. A neuron follows every batch norm, that of the
@@ -26,28 +26,53 @@ def join(identity: Tensor, out: Tensor, connect_function: str = "ADD") -> Tensor
 
 
 def per_image(x_seq: Tensor, *layers: nn.Module) -> Tensor:
-    """Layers that know nothing of time. [T, N, C, H, W] -> [T, N, C', H', W']."""
-    y = x_seq.flatten(0, 1)  # [T * N, C, H, W]
+    """Layers that know nothing of time. [T, N, C, ...] -> [T, N, C', ...]."""
+    y = x_seq.flatten(0, 1)  # [T * N, C, ...]
     for layer in layers:
         y = layer(y)
     return y.unflatten(0, x_seq.shape[:2])
 
 
-def conv(in_chans: int, out_chans: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_chans, out_chans, kernel, stride, padding=kernel // 2, bias=False)
+def conv(in_chans: int, out_chans: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_chans, out_chans, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+
+
+class ConvNeuron(nn.Module):
+    """3-wide convolution, batch norm, neuron, in one or two dimensions of space.
+
+    [T, N, C, H, W] -> [T, N, C', H, W], or [T, N, C, L] -> [T, N, C', L].
+    """
+
+    def __init__(
+        self, in_chans: int, out_chans: int, neuron: Callable[[int], Neuron], dims: int = 2, bias: bool = False
+    ):
+        super().__init__()
+        conv_of, norm_of = (nn.Conv1d, nn.BatchNorm1d) if dims == 1 else (nn.Conv2d, nn.BatchNorm2d)
+        self.conv = conv_of(in_chans, out_chans, 3, padding=1, bias=bias)
+        self.bn = norm_of(out_chans)
+        self.sn = neuron(out_chans)
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        return self.sn(per_image(x_seq, self.conv, self.bn))
+
+    def forward_static(self, x: Tensor, T: int) -> Tensor:
+        """One image [N, C, ...] seen at each of T steps -> [T, N, C', ...]; convolution and batch norm run once."""
+        return self.sn.forward_static(self.bn(self.conv(x)), T)
 
 
 class Block(nn.Module):
-    """What the two kinds of block share: the shortcut and the join."""
+    """What the two kinds of block share: the shortcut and the join. `neuron` makes a layer for C channels."""
 
     expansion = 1
 
-    def make_shortcut(self, in_chans: int, out_chans: int, stride: int, neuron: Callable[[], Neuron], connect: str):
+    def make_shortcut(
+        self, in_chans: int, out_chans: int, stride: int, neuron: Callable[[int], Neuron], connect: str
+    ) -> None:
         self.connect_function = connect
         self.downsample = self.downsample_sn = None
         if stride != 1 or in_chans != out_chans:
             self.downsample = nn.Sequential(conv(in_chans, out_chans, 1, stride), nn.BatchNorm2d(out_chans))
-            self.downsample_sn = neuron()
+            self.downsample_sn = neuron(out_chans)
 
     def residual(self, x_seq: Tensor) -> Tensor:
         raise NotImplementedError
@@ -66,10 +91,21 @@ class Block(nn.Module):
 class BasicBlock(Block):
     """Two 3x3 convolutions, each with batch norm and neuron."""
 
-    def __init__(self, in_chans: int, width: int, stride: int, neuron: Callable[[], Neuron], connect: str):
+    def __init__(
+        self,
+        in_chans: int,
+        width: int,
+        stride: int,
+        neuron: Callable[[int], Neuron],
+        connect: str,
+        groups: int = 1,
+        base_width: int = 64,
+    ):
+        if groups != 1 or base_width != 64:
+            raise ValueError(f"BasicBlock: got groups={groups}, base_width={base_width}; only bottlenecks have them")
         super().__init__()
-        self.conv1, self.bn1, self.sn1 = conv(in_chans, width, 3, stride), nn.BatchNorm2d(width), neuron()
-        self.conv2, self.bn2, self.sn2 = conv(width, width, 3), nn.BatchNorm2d(width), neuron()
+        self.conv1, self.bn1, self.sn1 = conv(in_chans, width, 3, stride), nn.BatchNorm2d(width), neuron(width)
+        self.conv2, self.bn2, self.sn2 = conv(width, width, 3), nn.BatchNorm2d(width), neuron(width)
         self.make_shortcut(in_chans, width, stride, neuron, connect)
 
     def residual(self, x_seq: Tensor) -> Tensor:
@@ -78,16 +114,29 @@ class BasicBlock(Block):
 
 
 class Bottleneck(Block):
-    """1x1, 3x3 (with the stride, as torchvision has it), 1x1 convolutions, each with batch norm and neuron."""
+    """1x1, 3x3 (with the stride, as torchvision has it), 1x1 convolutions, each with batch norm and neuron.
+
+    groups and base_width (channels of a group where the stage has 64) widen the 3x3 one: ResNeXt, wide ResNet.
+    """
 
     expansion = 4
 
-    def __init__(self, in_chans: int, width: int, stride: int, neuron: Callable[[], Neuron], connect: str):
-        out_chans = width * self.expansion
+    def __init__(
+        self,
+        in_chans: int,
+        width: int,
+        stride: int,
+        neuron: Callable[[int], Neuron],
+        connect: str,
+        groups: int = 1,
+        base_width: int = 64,
+    ):
+        out_chans, inner = width * self.expansion, width * base_width // 64 * groups
         super().__init__()
-        self.conv1, self.bn1, self.sn1 = conv(in_chans, width, 1), nn.BatchNorm2d(width), neuron()
-        self.conv2, self.bn2, self.sn2 = conv(width, width, 3, stride), nn.BatchNorm2d(width), neuron()
-        self.conv3, self.bn3, self.sn3 = conv(width, out_chans, 1), nn.BatchNorm2d(out_chans), neuron()
+        self.conv1, self.bn1, self.sn1 = conv(in_chans, inner, 1), nn.BatchNorm2d(inner), neuron(inner)
+        self.conv2, self.bn2 = conv(inner, inner, 3, stride, groups), nn.BatchNorm2d(inner)
+        self.sn2 = neuron(inner)
+        self.conv3, self.bn3, self.sn3 = conv(inner, out_chans, 1), nn.BatchNorm2d(out_chans), neuron(out_chans)
         self.make_shortcut(in_chans, out_chans, stride, neuron, connect)
 
     def residual(self, x_seq: Tensor) -> Tensor:

@@ -2,8 +2,11 @@
 
 step_mode "m" (default): forward takes a whole sequence x_seq [T, ...] and starts from rest each time.
 step_mode "s": forward takes the input of one time-step x [N, ...] and keeps the state until `reset()`.
+Inside `streaming(model)` forward takes a sequence of one frame [1, N, ...] and keeps the state: so a whole network,
+which is written for sequences, runs frame by frame.
 """
 
+import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -33,7 +36,8 @@ class Neuron(nn.Module):
         if not alpha > 0:
             raise ValueError(f"{type(self).__name__}: got alpha={alpha}, wanted a number above 0")
         self.surrogate, self.alpha = surrogate, float(alpha)
-        self.step_mode = "m"
+        self._step_mode = "m"
+        self._streaming = False
 
     # a kind of neuron defines these three
     def parallel(self, x_seq: Tensor) -> Tensor:
@@ -53,6 +57,9 @@ class Neuron(nn.Module):
 
         With static_steps = T the input is one x [N, ...], the same at each of T steps: `forward_static`.
         """
+        if self._streaming:
+            self._check(x_seq, "x_seq")
+            return self.step(x_seq[0]).unsqueeze(0)
         if self.step_mode == "s":
             if static_steps is not None:
                 raise ValueError(f"{self._where()}: forward_static needs step_mode 'm'; see set_step_mode")
@@ -78,11 +85,19 @@ class Neuron(nn.Module):
     def reset(self) -> None:
         """Forget the state of step mode "s"."""
 
-    def set_step_mode(self, mode: str) -> None:
-        """Whole sequences "m" or one step at a time "s"; ValueError where the neuron cannot run step by step."""
+    @property
+    def step_mode(self) -> str:
+        """Whole sequences "m" or one step at a time "s"; setting it raises ValueError where the neuron cannot."""
+        return self._step_mode
+
+    @step_mode.setter
+    def step_mode(self, mode: str) -> None:
+        self._check_step_mode(mode)
+        self._step_mode = mode
+
+    def _check_step_mode(self, mode: str) -> None:
         if mode not in STEP_MODES:
             raise ValueError(f"{self._where()}: got step_mode={mode!r}, wanted one of {', '.join(STEP_MODES)}")
-        self.step_mode = mode
 
     def extra_repr(self) -> str:
         return f"surrogate={self.surrogate}, alpha={self.alpha:g}"
@@ -127,11 +142,26 @@ def set_step_mode(model: nn.Module, mode: str) -> None:
     previous = [neuron.step_mode for _, neuron in neurons]
     try:
         for _, neuron in neurons:
-            neuron.set_step_mode(mode)
+            neuron.step_mode = mode
     except ValueError:
         for (_, neuron), old in zip(neurons, previous, strict=True):
             neuron.step_mode = old
         raise
+
+
+@contextlib.contextmanager
+def streaming(model: nn.Module):
+    """Inside, all neurons take sequences of one frame and keep their state; ValueError where one of them cannot."""
+    neurons = [neuron for _, neuron in spiking_neurons(model)]
+    for neuron in neurons:
+        neuron._check_step_mode("s")
+    for neuron in neurons:
+        neuron._streaming = True
+    try:
+        yield
+    finally:
+        for neuron in neurons:
+            neuron._streaming = False
 
 
 def reset(model: nn.Module) -> None:

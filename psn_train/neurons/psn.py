@@ -1,7 +1,11 @@
 """PSN, masked PSN, sliding PSN as modules: parameters, initialisation, step modes; the arithmetic is in functional.py.
 
-Initialisation (the authors' code): weights kaiming_uniform(a=sqrt 5), that is U(-1/sqrt T, 1/sqrt T) for a [T, T] and
-U(-1/sqrt k, 1/sqrt k) for a [k] weight; biases -1, so the threshold is 1. One weight and one bias per layer.
+Initialisation: biases -1, so the threshold is 1, and the weights by `init`:
+- "uniform", the authors' code: kaiming_uniform(a=sqrt 5), that is U(-1/sqrt T, 1/sqrt T) for a [T, T] and
+  U(-1/sqrt k, 1/sqrt k) for a [k] weight;
+- "lif": what an LIF of time constant init_tau does between its resets, `functional.psn_weight_from_lif`;
+- "exp", sliding PSN only: w = (..., 1/4, 1/2, 1), as the paper's CIFAR10-DVS network and SpikingJelly have it.
+One weight and one bias per layer.
 """
 
 import math
@@ -19,24 +23,43 @@ def _check_count(where: str, name: str, value: int) -> None:
         raise ValueError(f"{where}: got {name}={value!r}, wanted a whole number of at least 1")
 
 
-class PSN(Neuron):
+def _check_init(where: str, init: str, choices: tuple[str, ...]) -> None:
+    if init not in choices:
+        raise ValueError(f"{where}: got init={init!r}, wanted one of {', '.join(choices)}")
+
+
+class _FullWeight(Neuron):
+    """What PSN and masked PSN share: weight [T, T], bias [T], and how they start."""
+
+    def _make_parameters(self, T: int, init: str, init_tau: float) -> None:
+        _check_count(type(self).__name__, "T", T)
+        _check_init(type(self).__name__, init, ("uniform", "lif"))
+        self.T, self.init, self.init_tau = T, init, init_tau
+        self.weight = nn.Parameter(torch.empty(T, T))
+        self.bias = nn.Parameter(torch.empty(T))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.init == "lif":
+            with torch.no_grad():
+                self.weight.copy_(functional.psn_weight_from_lif(self.init_tau, self.T))
+        else:
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        nn.init.constant_(self.bias, -1.0)
+
+
+class PSN(_FullWeight):
     """Parallel spiking neuron: H = W X + B, S = Theta(H). x_seq [T, ...] -> spike_seq [T, ...].
 
     Parameters: weight [T, T] (row t makes output step t), bias [T]. Not causal and bound to T, so there is no
     step-by-step mode.
     """
 
-    def __init__(self, T: int, surrogate: str = "atan", alpha: float = 2.0):
+    def __init__(
+        self, T: int, init: str = "uniform", init_tau: float = 2.0, surrogate: str = "atan", alpha: float = 2.0
+    ):
         super().__init__(surrogate, alpha)
-        _check_count("PSN", "T", T)
-        self.T = T
-        self.weight = nn.Parameter(torch.empty(T, T))
-        self.bias = nn.Parameter(torch.empty(T))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        nn.init.constant_(self.bias, -1.0)
+        self._make_parameters(T, init, init_tau)
 
     def parallel(self, x_seq: Tensor) -> Tensor:
         return functional.psn(x_seq, self.weight, self.bias, self.surrogate, self.alpha)
@@ -44,19 +67,19 @@ class PSN(Neuron):
     def static(self, x: Tensor, T: int) -> Tensor:
         return functional.psn_static(x, self.weight, self.bias, self.surrogate, self.alpha)
 
-    def set_step_mode(self, mode: str) -> None:
+    def _check_step_mode(self, mode: str) -> None:
+        super()._check_step_mode(mode)
         if mode == "s":
             raise ValueError(
                 f"{self._where()}: cannot run step by step: each output step needs all {self.T} inputs; use "
                 "masked_psn or sliding_psn"
             )
-        super().set_step_mode(mode)
 
     def extra_repr(self) -> str:
         return f"T={self.T}, {super().extra_repr()}"
 
 
-class MaskedPSN(Neuron):
+class MaskedPSN(_FullWeight):
     """Masked PSN of order k: H = (W * (lambda M_k + (1 - lambda) J)) X + B, S = Theta(H).
 
     M_k keeps the k newest inputs of each step. Parameters: weight [T, T], bias [T]. The buffers lambda_ and order (k)
@@ -67,26 +90,29 @@ class MaskedPSN(Neuron):
     Errors: ValueError if k < 1 or k > T, or lambda is not in [0, 1]; loading weights of another k is refused.
     """
 
-    def __init__(self, k: int, T: int, lambda_: float = 1.0, surrogate: str = "atan", alpha: float = 2.0):
+    def __init__(
+        self,
+        k: int,
+        T: int,
+        lambda_: float = 1.0,
+        init: str = "uniform",
+        init_tau: float = 2.0,
+        surrogate: str = "atan",
+        alpha: float = 2.0,
+    ):
         super().__init__(surrogate, alpha)
-        _check_count("MaskedPSN", "T", T)
         _check_count("MaskedPSN", "k", k)
+        _check_count("MaskedPSN", "T", T)
         if k > T:
             raise ValueError(f"MaskedPSN: got k={k} and T={T}, wanted k <= T; more history than steps does nothing")
-        self.k, self.T = k, T
-        self.weight = nn.Parameter(torch.empty(T, T))
-        self.bias = nn.Parameter(torch.empty(T))
+        self.k = k
+        self._make_parameters(T, init, init_tau)
         self.register_buffer("lambda_", torch.empty(()))
         # saved, because the shape of the weight does not tell the order
         self.register_buffer("order", torch.tensor(k))
         self._warned = False
         self.set_lambda(lambda_)
-        self.reset_parameters()
         self.reset()
-
-    def reset_parameters(self) -> None:
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
-        nn.init.constant_(self.bias, -1.0)
 
     def set_lambda(self, value: float) -> None:
         """The blend of the mask: 0 none, 1 full."""
@@ -120,10 +146,10 @@ class MaskedPSN(Neuron):
     def reset(self) -> None:
         self._t, self._queue = 0, None
 
-    def set_step_mode(self, mode: str) -> None:
+    def _check_step_mode(self, mode: str) -> None:
+        super()._check_step_mode(mode)
         if mode == "s" and self._host_lambda < 1.0:
             raise ValueError(f"{self._where()}: runs step by step only with lambda=1; see set_lambda")
-        super().set_step_mode(mode)
 
     def train(self, mode: bool = True):
         # an average of models or a broadcast may have moved the buffer behind our back
@@ -163,14 +189,17 @@ class SlidingPSN(Neuron):
     Parameters: weight [k] (w_{k-1} multiplies the newest input), bias []. Any T, also T < k (the oldest taps then meet
     only zeros). Step by step with a state of k inputs, without end.
 
-    exp_init=True starts at w = (..., 1/4, 1/2, 1), as the paper's CIFAR10-DVS network and SpikingJelly do; the default
-    is the uniform initialisation of its sequential CIFAR script.
+    The default init="uniform" is that of the paper's sequential CIFAR script; its CIFAR10-DVS network and SpikingJelly
+    start at "exp".
     """
 
-    def __init__(self, k: int, exp_init: bool = False, surrogate: str = "atan", alpha: float = 2.0):
+    def __init__(
+        self, k: int, init: str = "uniform", init_tau: float = 2.0, surrogate: str = "atan", alpha: float = 2.0
+    ):
         super().__init__(surrogate, alpha)
         _check_count("SlidingPSN", "k", k)
-        self.k, self.exp_init = k, exp_init
+        _check_init("SlidingPSN", init, ("uniform", "lif", "exp"))
+        self.k, self.init, self.init_tau = k, init, init_tau
         self.weight = nn.Parameter(torch.empty(k))
         self.bias = nn.Parameter(torch.empty(()))
         self.reset_parameters()
@@ -178,8 +207,10 @@ class SlidingPSN(Neuron):
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
-            if self.exp_init:
+            if self.init == "exp":
                 self.weight.copy_(2.0 ** torch.arange(1 - self.k, 1))
+            elif self.init == "lif":
+                self.weight.copy_(functional.sliding_weight_from_lif(self.init_tau, self.k))
             else:
                 # kaiming_uniform counts the fan of a matrix: [1, k]
                 nn.init.kaiming_uniform_(self.weight.unsqueeze(0), a=math.sqrt(5))

@@ -1,106 +1,20 @@
-"""The law: every neuron and surrogate in plain PyTorch, equation first.
+"""PSN, masked PSN, sliding PSN: no reset, hence no loop over time.
 
 Legend: T time-steps, M all other axes flattened, k order (taps of history, the present one included).
 x_seq [T, ...] input current, h_seq [T, ...] membrane potential, spike_seq [T, ...] in {0, 1}.
-
-Precision: whatever the autocast type, h is computed and compared in float32 (float64 if the input or the weight is);
-spikes come out in the input's dtype. Layout: the output has the input's strides, so a [T, N, C, H, W] tensor whose
-[T * N, C, H, W] view is channels_last stays so, without a copy.
-
-`smooth=True` replaces the Heaviside step by the primitive of its surrogate gradient: the smooth twin, whose true
-gradient is the surrogate gradient. It exists to prove gradients, not to train with.
 
 Source: Fang et al., "Parallel Spiking Neurons with High Efficiency and Ability to Learn Long-term Dependencies",
 NeurIPS 2023, arXiv 2304.12760.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from psn_train.neurons.functional.surrogate import fire
 from psn_train.neurons.layout import Layout, compute_dtype, from_rows, no_autocast, to_rows
-
-
-class Surrogate(NamedTuple):
-    """A smooth step and its derivative, both functions of (h, alpha); the primitive rises from 0 to 1."""
-
-    primitive: Callable[[Tensor, float], Tensor]
-    derivative: Callable[[Tensor, float], Tensor]
-
-
-def _triangle_primitive(h: Tensor, alpha: float) -> Tensor:
-    u = (alpha * h).clamp(-1.0, 1.0)
-    return 0.5 + u - 0.5 * u * u.abs()
-
-
-def _sigmoid_derivative(h: Tensor, alpha: float) -> Tensor:
-    s = torch.sigmoid(alpha * h)
-    return alpha * s * (1.0 - s)
-
-
-SURROGATES: dict[str, Surrogate] = {
-    # 1/2 + atan(pi/2 alpha h) / pi: the paper's, alpha = 2
-    "atan": Surrogate(
-        lambda h, alpha: 0.5 + torch.atan((math.pi / 2 * alpha) * h) / math.pi,
-        lambda h, alpha: (alpha / 2) / (1.0 + ((math.pi / 2 * alpha) * h).square()),
-    ),
-    # sigmoid(alpha h)
-    "sigmoid": Surrogate(lambda h, alpha: torch.sigmoid(alpha * h), _sigmoid_derivative),
-    # derivative alpha max(0, 1 - alpha |h|): half-width 1 / alpha
-    "triangle": Surrogate(
-        _triangle_primitive,
-        lambda h, alpha: alpha * (1.0 - alpha * h.abs()).clamp(min=0.0),
-    ),
-    # derivative alpha where |alpha h| < 1/2: full width 1 / alpha
-    "rectangle": Surrogate(
-        lambda h, alpha: (alpha * h + 0.5).clamp(0.0, 1.0),
-        lambda h, alpha: alpha * (alpha * h.abs() < 0.5).to(h.dtype),
-    ),
-}
-
-
-def get_surrogate(name: str) -> Surrogate:
-    """The surrogate of that name; ValueError lists the names there are."""
-    if name not in SURROGATES:
-        raise ValueError(f"surrogate: got {name!r}, wanted one of {', '.join(SURROGATES)}")
-    return SURROGATES[name]
-
-
-class _Heaviside(torch.autograd.Function):
-    """Forward 1 where h >= 0, else 0; backward the derivative of the surrogate's primitive."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(h: Tensor, surrogate: str, alpha: float, dtype: torch.dtype) -> Tensor:
-        return (h >= 0).to(dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        h, ctx.surrogate, ctx.alpha, _ = inputs
-        ctx.save_for_backward(h)
-
-    @staticmethod
-    def backward(ctx, grad_spike: Tensor):
-        (h,) = ctx.saved_tensors
-        slope = SURROGATES[ctx.surrogate].derivative(h, ctx.alpha)
-        return grad_spike.to(h.dtype) * slope, None, None, None
-
-
-def fire(
-    h: Tensor, surrogate: str = "atan", alpha: float = 2.0, dtype: torch.dtype | None = None, smooth: bool = False
-) -> Tensor:
-    """S = Theta(H), Theta(0) = 1. h [...] -> spikes [...] of `dtype` (default: that of h)."""
-    dtype = dtype or h.dtype
-    if smooth:
-        return get_surrogate(surrogate).primitive(h, alpha).to(dtype)
-    get_surrogate(surrogate)
-    return _Heaviside.apply(h, surrogate, alpha, dtype)
-
 
 # ---- PSN: H = W X + B, S = Theta(H)
 
@@ -134,6 +48,35 @@ def psn_static(
 ) -> Tensor:
     """`psn` of a constant input. x [...] -> spike_seq [T, ...]."""
     return fire(psn_h_static(x, weight, bias), surrogate, alpha, x.dtype, smooth)
+
+
+def psn_weight_from_lif(
+    tau: float, T: int, decay_input: bool = True, dtype: torch.dtype | None = None, device=None
+) -> Tensor:
+    """The PSN weight that does what an LIF does between its resets: H = W X. -> [T, T], lower triangular.
+
+    W[t, i] = (1 / tau) (1 - 1 / tau)^(t - i) for i <= t; without decay_input the first factor is 1. An IF is
+    tau = math.inf without decay_input: all ones. With bias -V_th a PSN of this weight is an LIF without reset.
+
+    Source: section 3 of the paper, where dropping the reset turns the LIF's recursion into a matrix product.
+    ValueError unless tau > 1 and T >= 1, or where tau is infinite and the input decays, which leaves nothing.
+    """
+    if not tau > 1 or T < 1:
+        raise ValueError(f"psn_weight_from_lif: got tau={tau} and T={T}, wanted tau above 1 (in time-steps) and T >= 1")
+    if math.isinf(tau) and decay_input:
+        raise ValueError(
+            "psn_weight_from_lif: got tau=inf with decay_input, whose weights are all 0; an IF is tau=inf "
+            "with decay_input=False"
+        )
+    steps = torch.arange(T, dtype=torch.float64, device=device)
+    age = steps.unsqueeze(1) - steps  # [T, T], t - i
+    weight = torch.pow(torch.tensor(1.0 - 1.0 / tau, dtype=torch.float64, device=device), age.clamp(min=0.0)).tril()
+    return ((weight / tau) if decay_input else weight).to(dtype or torch.get_default_dtype())
+
+
+def sliding_weight_from_lif(tau: float, k: int, decay_input: bool = True, **kind) -> Tensor:
+    """The last k taps of an LIF: w_i = (1 / tau) (1 - 1 / tau)^(k - 1 - i). -> [k]; see `psn_weight_from_lif`."""
+    return psn_weight_from_lif(tau, k, decay_input, **kind)[-1]
 
 
 # ---- masked PSN: W_eff = W * (lambda M_k + (1 - lambda) J)
@@ -280,87 +223,3 @@ def _push(x: Tensor, queue: Tensor) -> tuple[Tensor, Layout]:
     row, layout = to_rows(x.unsqueeze(0))
     past = queue.permute(layout.time_first).reshape(queue.shape[0], -1)
     return torch.cat([past[1:], row.to(past.dtype)]), layout
-
-
-# ---- serial neurons: charge, fire, reset
-
-
-def if_charge(x: Tensor, v: Tensor) -> Tensor:
-    """IF: H = V + X."""
-    return v + x
-
-
-def lif_charge(
-    x: Tensor, v: Tensor, tau: float = 2.0, decay_input: bool = True, v_reset: float | None = None
-) -> Tensor:
-    """LIF: H = V + (X - (V - V_rest)) / tau; without decay_input V - (V - V_rest) / tau + X. V_rest = v_reset or 0."""
-    leak = v if not v_reset else v - v_reset
-    return v + (x - leak) / tau if decay_input else v - leak / tau + x
-
-
-def fire_and_reset(
-    h: Tensor,
-    v_threshold: float = 1.0,
-    v_reset: float | None = None,
-    surrogate: str = "atan",
-    alpha: float = 2.0,
-    detach_reset: bool = True,
-    smooth: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """S = Theta(H - V_th); soft reset V = H - S V_th (v_reset None), hard V = (1 - S) H + S V_reset. h -> S, V."""
-    spike = fire(h - v_threshold, surrogate, alpha, smooth=smooth)
-    gate = spike.detach() if detach_reset else spike
-    return spike, h - gate * v_threshold if v_reset is None else (1.0 - gate) * h + gate * v_reset
-
-
-class Serial(NamedTuple):
-    """What a serial neuron gives: spikes [T, ...] in the input's dtype, potentials [T, ...] on request, the last V."""
-
-    spike_seq: Tensor
-    h_seq: Tensor | None
-    v: Tensor
-
-
-def charge_fire_reset(
-    x_seq: Tensor,
-    charge: Callable[[Tensor, Tensor], Tensor] = if_charge,
-    v_threshold: float = 1.0,
-    v_reset: float | None = None,
-    surrogate: str = "atan",
-    alpha: float = 2.0,
-    detach_reset: bool = True,
-    *,
-    static_steps: int | None = None,
-    return_h: bool = False,
-    smooth: bool = False,
-) -> Serial:
-    """For t in T: H = charge(X[t], V); S[t], V = fire_and_reset(H). V starts at v_reset, or 0. x_seq [T, ...].
-
-    With static_steps = T the input is one x [...], seen at each of T steps.
-    """
-    dtype = compute_dtype(x_seq)
-    rows, layout = to_rows(x_seq if static_steps is None else x_seq.unsqueeze(0))
-    xs = rows.unbind(0) if static_steps is None else rows.expand(static_steps, -1).unbind(0)
-    v = rows.new_full((rows.shape[1],), v_reset or 0.0, dtype=dtype)
-    spikes, potentials = [], []
-    for x in xs:
-        h = charge(x.to(dtype), v)
-        spike, v = fire_and_reset(h, v_threshold, v_reset, surrogate, alpha, detach_reset, smooth)
-        spikes.append(spike.to(x_seq.dtype))
-        potentials.append(h)
-    h_seq = from_rows(torch.stack(potentials), layout) if return_h else None
-    return Serial(from_rows(torch.stack(spikes), layout), h_seq, from_rows(v.unsqueeze(0), layout)[0])
-
-
-def if_neuron(x_seq: Tensor, **reset) -> Tensor:
-    """Integrate and fire. x_seq [T, ...] -> spike_seq [T, ...]; keywords of `charge_fire_reset`."""
-    return charge_fire_reset(x_seq, if_charge, **reset).spike_seq
-
-
-def lif(x_seq: Tensor, tau: float = 2.0, decay_input: bool = True, v_reset: float | None = None, **reset) -> Tensor:
-    """Leaky integrate and fire. x_seq [T, ...] -> spike_seq [T, ...]; keywords of `charge_fire_reset`."""
-
-    def charge(x, v):
-        return lif_charge(x, v, tau, decay_input, v_reset)
-
-    return charge_fire_reset(x_seq, charge, v_reset=v_reset, **reset).spike_seq
