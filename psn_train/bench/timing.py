@@ -1,7 +1,8 @@
 """Times that can be compared: what is compared is measured in turns, so that drift meets all alike; and where it ran.
 
 A sample is as many calls in a row as last a millisecond or more; a round takes one sample of every job, in an order of
-its own: what a job leaves behind in caches, memory and threads meets another one each time. On a GPU samples are timed by events, on the CPU by the wall clock. All times are in seconds.
+its own: what a job leaves behind in caches, memory and threads meets another one each time. On a GPU samples are timed
+by events, on the CPU by the wall clock. All times are in seconds.
 """
 
 from __future__ import annotations
