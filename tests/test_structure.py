@@ -22,6 +22,7 @@ ROOMS = {
     "data": {"recipe"},
     "training": {"recipe", "neurons", "models", "data"},
     "publish": {"recipe", "neurons", "models", "data", "training"},
+    "bench": {"recipe", "neurons", "models", "data", "training"},
 }
 # what sees everything -> who may import it
 FRONT = {
@@ -128,6 +129,8 @@ def test_imports_go_one_way():
         ("training.run", "from psn_train.training import loop"),
         ("training.run", "from psn_train.publish import hub"),
         ("publish.hub", "from psn_train import cli"),
+        ("publish.hub", "from psn_train.bench.timing import free_memory"),
+        ("bench.neurons", "from psn_train.publish.hub import evaluate_folder"),
         ("", "from psn_train import training"),
     ],
 )
@@ -240,7 +243,7 @@ def test_verbs_in_documents_exist(document, capsys):
         if words[0] != "psn" or len(words) == 1:
             continue
         verb = [word for word in words[1:3] if re.fullmatch("[a-z]+", word)]
-        verb = verb if verb[:1] == ["shards"] else verb[:1]
+        verb = verb if verb[:1] in (["shards"], ["bench"]) else verb[:1]
         with pytest.raises(SystemExit) as end:
             _parser().parse_args([*verb, "--help"])
         usage = capsys.readouterr().out

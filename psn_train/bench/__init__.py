@@ -1,0 +1,1 @@
+"""Measurements that any machine can repeat: `psn bench`."""
