@@ -145,8 +145,10 @@ def counted(stream):
     item = stream.__getitem__
     def get(self, i):
         batch = item(self, i)
+        name = f"{{stream.__name__}} {{self.reader.index.split}}"
         with open({str(tmp_path / "seen")!r} + os.environ["RANK"], "a") as file:
-            file.writelines(f"{{stream.__name__}} {{self.reader.index.split}} {{n}} {{e}}\\n" for n, e in zip(batch.ids, batch.epochs))
+            for number, epoch in zip(batch.ids, batch.epochs):
+                file.write(f"{{name}} {{number}} {{epoch}}\\n")
         return batch
     stream.__getitem__ = get
 counted(m.TrainStream), counted(m.EvalStream)
