@@ -13,6 +13,7 @@ from psn_train.data.stream import TrainStream, make_loader
 from psn_train.recipe import Recipe, make_plan
 from psn_train.training.build import build_model, check_channels_last, class_count, load_network, open_splits
 from psn_train.training.evaluate import EvaluationStopped, evaluate, make_eval_loader
+from psn_train.training.metrics import headline
 from psn_train.training.optim import LearningRate, build_optimizer, masked_lambda
 from psn_train.training.run import Run
 from psn_train.training.runtime import (
@@ -68,7 +69,7 @@ def train(recipe: Recipe) -> int:
     updater = Updater(recipe, plan, accelerator.prepare(model), optimizer, augment, device, rank)
     seed_everything(recipe.seed, 1 + rank)
     run.resume(updater)
-    run.say(run.headline())
+    run.say(headline(recipe, plan, device, run.step))
 
     def eval_loader(reader: SampleReader, ids: np.ndarray | None = None) -> DataLoader:
         batch_size = recipe.data.eval_batch_per_device or plan.micro_batch_size

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from psn_train.neurons import spiking_neurons
-from psn_train.recipe import Recipe, flatten
+from psn_train.recipe import Plan, Recipe, flatten, recipe_hash
 from psn_train.training.runtime import all_reduce_sum
 
 
@@ -155,6 +155,19 @@ def start_trackers(accelerator, recipe: Recipe, step: int) -> None:
             "tensorboard": {"purge_step": step + 1},
             "wandb": {"name": recipe.name, "id": recipe.name, "resume": "allow"},
         },
+    )
+
+
+def headline(recipe: Recipe, plan: Plan, device: torch.device, step: int) -> str:
+    """One line on what is about to run, and where; `step` updates are done."""
+    place = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    begin = f"goes on after step {step}" if step else "starts"
+    held_out = f" ({plan.held_out} held out)" if plan.held_out else ""
+    return (
+        f"{recipe.name} {begin}: {recipe.model.name}, T = {recipe.model.T}, {plan.train_samples} samples{held_out}, "
+        f"{plan.world_size} x {place}, batch {plan.global_batch_size} = {plan.world_size} x "
+        f"{plan.micro_batch_size} x {plan.grad_accum_steps} (accumulated), {plan.total_steps} steps, "
+        f"{recipe.precision.dtype}, recipe {recipe_hash(recipe)}, in {recipe.run_path}"
     )
 
 

@@ -38,7 +38,7 @@ from psn_train.training.evaluate import Result
 from psn_train.training.metrics import Display, MetricsFile, start_trackers
 from psn_train.training.results import Results, evaluation_line, evaluation_scalars, test_line
 from psn_train.training.runtime import RankState, StopSignal, all_reduce_sum, average_batch_norm, versions
-from psn_train.training.step import Updater
+from psn_train.training.step import Updater, training_figures
 
 
 class RunError(ValueError):
@@ -168,19 +168,6 @@ class Run:
         if self.is_main:
             print(text, flush=True) if not hasattr(self, "display") else self.display.say(text)
 
-    def headline(self) -> str:
-        """One line on what is about to run, and where."""
-        plan, recipe = self.plan, self.recipe
-        place = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
-        begin = f"goes on after step {self.step}" if self.step else "starts"
-        held_out = f" ({plan.held_out} held out)" if plan.held_out else ""
-        return (
-            f"{recipe.name} {begin}: {recipe.model.name}, T = {recipe.model.T}, {plan.train_samples} samples"
-            f"{held_out}, {plan.world_size} x {place}, batch {plan.global_batch_size} = {plan.world_size} x "
-            f"{plan.micro_batch_size} x {plan.grad_accum_steps} (accumulated), {plan.total_steps} steps, "
-            f"{recipe.precision.dtype}, recipe {recipe_hash(recipe)}, in {self.path}"
-        )
-
     def waiting_for(self, loader: DataLoader) -> Iterator[Batch]:
         """The loader's batches; the seconds that nothing was ready are added up."""
         batches = iter(loader)
@@ -223,26 +210,17 @@ class Run:
         window = updater.window.clone()
         bad = torch.tensor([float(len(self.bad)), self.waited], dtype=torch.float64, device=self.device)
         all_reduce_sum(window, bad)
-        loss, hits, samples, norm, updates = window.tolist()
         unreadable, waited = bad.tolist()
-        world_size, steps = self.plan.world_size, max(self.step - self._last_step, 1)
-        elapsed = now - self._last_log
+        steps, elapsed = max(self.step - self._last_step, 1), now - self._last_log
         record = {
             "kind": "train",
             "step": self.step,
             "epoch": self.plan.epoch_of(self.step - 1),
-            "loss": loss / updates,
-            "top1": 100 * hits / samples,
-            "lr": updater.optimizer.param_groups[0]["lr"],
+            **training_figures(updater, window.tolist()),
             "images_per_s": steps * self.plan.global_batch_size / elapsed,
-            "data_wait": min(waited / world_size / elapsed, 1.0),
+            "data_wait": min(waited / self.plan.world_size / elapsed, 1.0),
             "bad_samples": int(unreadable),
         }
-        # under fp16 it is scaled, unless clipping has unscaled it
-        if not updater.scaler.is_enabled() or self.recipe.optim.clip_grad_norm is not None:
-            record["grad_norm"] = norm / updates
-        if updater.scaler.is_enabled():
-            record["loss_scale"] = updater.scaler.get_scale()
         if (lambda_ := get_lambda(self.model)) is not None:
             record["lambda"] = lambda_
         if self.device.type == "cuda":
