@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--shards", required=True, help="folder or URL of shards with an index.json")
     evaluate.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run")
     evaluate.add_argument(
-        "--weights", choices=("auto", "model", "ema"), default="auto", help="auto: EMA if there is one"
+        "--weights", choices=("auto", "model", "ema"), default="auto", help="auto: those the best was selected by"
     )
     evaluate.add_argument("--batch-size", type=_count, default=64)
     evaluate.add_argument("--workers", type=int, default=2)

@@ -134,6 +134,56 @@ m.Updater.run = killing
     assert read_meta(find_checkpoint(killed["run_dir"], "last"))["step"] == 19
 
 
+def test_two_processes_select_on_held_out_samples_and_test_once(small, tmp_path):
+    """Counted over the ranks: no sample of the test set twice, none missed, none that is held out trained on."""
+    data = {"val": None, "hold_out": 31, "test": small()["data"]["val"]}
+    document = small("split", data=data, schedule={"epochs": 2}, optim={"lr": 0.2})
+    count = f"""
+import os
+import psn_train.data.stream as m
+def counted(stream):
+    item = stream.__getitem__
+    def get(self, i):
+        batch = item(self, i)
+        name = f"{{stream.__name__}} {{self.reader.index.split}}"
+        with open({str(tmp_path / "seen")!r} + os.environ["RANK"], "a") as file:
+            for number, epoch in zip(batch.ids, batch.epochs):
+                file.write(f"{{name}} {{number}} {{epoch}}\\n")
+        return batch
+    stream.__getitem__ = get
+counted(m.TrainStream), counted(m.EvalStream)
+"""
+    status, output = launch(document, tmp_path, 2, before=count)
+    assert status == 0, output
+    assert "119 samples (31 held out), 2 x cpu" in output and "; test set: best top1 " in output
+
+    def seen(stream: str, split: str) -> list[tuple[int, int]]:
+        rows = [row.split() for rank in "01" for row in (tmp_path / f"seen{rank}").read_text().splitlines()]
+        return [(int(number), int(epoch)) for name, found, number, epoch in rows if (name, found) == (stream, split)]
+
+    held_out = {number for number, _ in seen("EvalStream", "train")}
+    assert len(held_out) == 31 and len(seen("EvalStream", "train")) == 62
+    trained_on = seen("TrainStream", "train")
+    assert sorted(number for number, epoch in trained_on if epoch == 0) == sorted(set(range(150)) - held_out)
+    assert not held_out & {number for number, _ in trained_on}
+    results = json.loads((Path(document["run_dir"]) / "results.json").read_text())
+    looks = 1 if results["best"]["step"] == results["last"]["step"] else 2
+    tested = sorted(number for number, _ in seen("EvalStream", "val"))
+    assert tested == sorted(list(range(50)) * looks)
+    assert [results["test"][which]["count"] for which in ("best", "last")] == [50, 50]
+    # again: both ranks know that there is nothing left to do; and one process finds the same figures
+    status, output = launch(document, tmp_path, 2, before=count)
+    assert status == 0 and "; test set: best top1 " in output, output
+    assert sorted(number for number, _ in seen("EvalStream", "val")) == tested
+    (Path(document["run_dir"]) / "results.json").unlink()
+    status, output = launch(document, tmp_path, 1)
+    assert status == 0, output
+    once = json.loads((Path(document["run_dir"]) / "results.json").read_text())
+    for which in ("best", "last"):
+        assert once["test"][which]["top1"] == results["test"][which]["top1"]
+        assert once["test"][which]["loss"] == pytest.approx(results["test"][which]["loss"], rel=1e-5)
+
+
 def test_signal_to_one_rank_stops_all_and_loses_nothing(small, tmp_path):
     document = small("stopped", schedule={"epochs": None, "steps": 4000}, checkpoint={"every_epochs": 9999})
     running = launch(document, tmp_path, 2, wait=False)

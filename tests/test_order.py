@@ -1,11 +1,13 @@
 """The order of training is a permutation that depends on seed and epoch alone."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psn_train.data.order import epoch_order, stream_positions
+from psn_train.data.order import epoch_order, held_out_ids, stream_positions
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
@@ -36,6 +38,35 @@ def test_batches_tile_the_stream_at_any_world_size(sizes, shuffle, streams, data
         assert sorted(whole[whole_epochs == epoch].tolist()) == list(range(total))
 
 
+@settings(max_examples=100, deadline=None)
+@given(SIZES, st.sampled_from(["full", "shards"]), st.integers(1, 9), st.integers(0, 3), st.data())
+def test_held_out_samples_are_left_out_of_an_order_that_stays(sizes, shuffle, streams, hold_out_seed, data):
+    total = sum(sizes)
+    hold_out = data.draw(st.integers(0, total - 1))
+    arguments = {"seed": 3, "shuffle": shuffle, "streams": streams}
+    split = {"hold_out": hold_out, "hold_out_seed": hold_out_seed}
+    held_out = held_out_ids(total, hold_out, hold_out_seed).tolist()
+    assert held_out == sorted(set(held_out)) and len(held_out) == hold_out
+    left = total - hold_out
+    for epoch in (0, 2):
+        whole = epoch_order(sizes, epoch=epoch, **arguments).tolist()
+        order = epoch_order(sizes, epoch=epoch, **arguments, **split).tolist()
+        assert order == [sample for sample in whole if sample not in set(held_out)]
+        # and so stands in the stream, wherever one starts to read it
+        for start, count in ((epoch * left, left), (epoch * left + left // 2, left - left // 2)):
+            epochs, ids = stream_positions(start, count, tuple(sizes), **arguments, **split)
+            assert set(epochs.tolist()) == {epoch} and ids.tolist() == order[left - count :]
+
+
+def test_the_split_is_known_and_a_smaller_one_is_part_of_a_larger_one():
+    # a golden split: a change here means that runs under way would train on what they have selected on
+    assert held_out_ids(15, 5, 0).tolist() == GOLDEN_HELD_OUT
+    assert held_out_ids(15, 5, 1).tolist() != GOLDEN_HELD_OUT
+    assert set(held_out_ids(1000, 50, 0).tolist()) < set(held_out_ids(1000, 200, 0).tolist())
+    with pytest.raises(ValueError, match="wanted 0 to 15"):
+        held_out_ids(15, 16, 0)
+
+
 def test_order_changes_with_seed_and_epoch_and_is_known():
     arguments = {"shuffle": "shards", "streams": 4}
     first = epoch_order([5, 5, 5], seed=0, epoch=0, **arguments)
@@ -47,6 +78,7 @@ def test_order_changes_with_seed_and_epoch_and_is_known():
 
 
 GOLDEN_SHARDS = [9, 5, 10, 3, 8, 7, 14, 1, 6, 11, 13, 4, 12, 0, 2]
+GOLDEN_HELD_OUT = [0, 1, 2, 3, 6]
 GOLDEN_FULL = [12, 9, 1, 11, 14, 13, 0, 3, 2, 7, 4, 10, 5, 6, 8]
 
 
@@ -62,8 +94,14 @@ def test_shards_are_read_side_by_side_and_one_at_a_time():
 
 
 def test_a_million_samples_are_ordered_quickly():
-    order = epoch_order([1251] * 1024, seed=0, epoch=0, shuffle="shards", streams=512)
-    assert len(order) == 1251 * 1024
+    arguments = {"seed": 0, "shuffle": "shards", "streams": 512, "hold_out": 10_000}
+    order = epoch_order([1251] * 1024, epoch=0, **arguments)
+    assert len(order) == 1251 * 1024 - 10_000
+    # once an epoch: the next ones are looked up
+    begin = time.perf_counter()
+    for _ in range(1000):
+        stream_positions(0, 64, (1251,) * 1024, **arguments)
+    assert time.perf_counter() - begin < 5
 
 
 def test_unknown_shuffle():

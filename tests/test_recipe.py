@@ -119,7 +119,8 @@ augment: {mean: [0.5]}
         ("augment.scale=[1.0, 0.08]", "smaller value first"),
         ("augment.eval_resize=200", "less than data.image_size"),
         ("checkpoint.select_by=ema_top1", "needs an EMA"),
-        ("checkpoint.select_by=top1", "needs validation shards"),
+        ("data.select_on=test", "test needs test shards"),
+        ("data.hold_out=-1", "greater than or equal to 0"),
         ("checkpoint.every_epochs=null", "never saves"),
         ("optim.lr=fast", "should be a valid number"),
         ("optim.lr=-1", "greater than 0"),
@@ -134,6 +135,57 @@ augment: {mean: [0.5]}
 def test_one_problem_one_message(tmp_path, override, complaint):
     with pytest.raises(RecipeError, match=complaint.replace("[", r"\[")):
         load_recipe(write(tmp_path, MINIMAL), [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (
+            ["data.hold_out=0", "checkpoint.select_by=top1"],
+            "checkpoint.select_by: top1 is of samples that are not trained",
+        ),
+        (["data.select_on=test"], "data.select_on: test needs test shards; set data.test"),
+        (["data.select_on=test", "data.test=t", "data.val=v"], "data.val: v would never be looked at"),
+        (["data.select_on=test", "data.test=t", "data.hold_out=5"], "data.hold_out: got 5, but data.select_on: test"),
+        (["data.val=v", "data.hold_out=5"], "data.hold_out: got 5, but the best epoch is chosen on data.val"),
+        (["data.val=v/", "data.test=v"], "data.test: v is data.val, too"),
+        (["data.test=shards/train"], "data.test: shards/train is data.train, too; what is trained on tests nothing"),
+    ],
+)
+def test_splits_that_contradict_each_other(tmp_path, overrides, complaint):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(tmp_path, MINIMAL), overrides)
+    assert str(caught.value).startswith("1 problem") and complaint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "samples", "selected_on", "held_out"),
+    [
+        ([], 1281167, "held out", 10_000),
+        ([], 50_000, "held out", 5_000),
+        ([], 9, "held out", 1),
+        (["data.hold_out=300"], 1000, "held out", 300),
+        (["data.hold_out=0"], 1000, None, 0),
+        (["data.val=v"], 1000, "val", 0),
+        (["data.val=v", "data.hold_out=0", "data.test=t"], 1000, "val", 0),
+        (["data.test=t", "data.select_on=test"], 1000, "test", 0),
+        (["data.test=t", "data.select_on=test", "data.hold_out=0"], 1000, "test", 0),
+    ],
+)
+def test_what_is_held_out_and_selected_on(tmp_path, capsys, overrides, samples, selected_on, held_out):
+    recipe = load_recipe(write(tmp_path, MINIMAL), overrides)
+    plan = make_plan(recipe, world_size=1, train_samples=samples)
+    assert (recipe.data.selected_on, plan.held_out, plan.train_samples) == (selected_on, held_out, samples - held_out)
+    show_recipe(recipe, [1], samples, "the test")
+    printed = capsys.readouterr().out
+    assert f"split: {samples - held_out:,} trained on, {held_out:,} held out" in printed
+    shown = {
+        "val": "the validation shards v",
+        "held out": "the held-out samples",
+        "test": "the test shards t, which makes",
+    }
+    assert f"best epoch selected on {shown.get(selected_on, 'nothing')}" in printed
+    assert ("test shards t: once, at the end" in printed) == (recipe.data.test is not None and selected_on != "test")
 
 
 def test_masked_psn_cannot_look_further_back_than_T(tmp_path):
@@ -196,7 +248,20 @@ def test_hash_ignores_what_does_not_change_the_weights(tmp_path):
     reference = recipe_hash(load_recipe(path))
     neutral = ["data.workers=9", "log.every_steps=1", "run_dir=/elsewhere", "data.train=/other/place"]
     assert recipe_hash(load_recipe(path, neutral)) == reference
-    for decisive in ("seed=1", "optim.lr=0.2", "model.T=5", "data.shuffle=full", "augment.hflip=0.1"):
+    # where validation shards are does not matter; whether there are any decides what is trained on
+    with_val = recipe_hash(load_recipe(path, ["data.val=here"]))
+    assert with_val == recipe_hash(load_recipe(path, ["data.val=/there", "data.hold_out=0", "data.test=x"]))
+    assert with_val != reference and reference == recipe_hash(load_recipe(path, ["data.test=x"]))
+    for decisive in (
+        "data.hold_out=9",
+        "data.hold_out_seed=1",
+        "data.test_samples=9",
+        "seed=1",
+        "optim.lr=0.2",
+        "model.T=5",
+        "data.shuffle=full",
+        "augment.hflip=0.1",
+    ):
         assert recipe_hash(load_recipe(path, [decisive])) != reference, decisive
 
 
@@ -207,22 +272,30 @@ def test_hash_ignores_what_does_not_change_the_weights(tmp_path):
     bound=st.none() | st.integers(1, 80),
     samples=st.integers(1, 5000),
     epochs=st.integers(1, 5),
+    hold_out=st.none() | st.integers(0, 50),
 )
-def test_plan_keeps_the_global_batch(batch, world, bound, samples, epochs):
+def test_plan_keeps_the_global_batch(batch, world, bound, samples, epochs, hold_out):
     recipe = check_recipe(
         {
             "name": "x",
             "model": {"name": "sew_resnet18_psn"},
-            "data": {"train": "t", "global_batch_size": batch, "max_batch_per_device": bound},
+            "data": {"train": "t", "global_batch_size": batch, "max_batch_per_device": bound, "hold_out": hold_out},
             "optim": {"lr": 0.1},
             "schedule": {"epochs": epochs},
         }
     )
+    held_out = max(1, samples // 10) if hold_out is None else hold_out
+    if held_out >= samples:
+        with pytest.raises(PlanError, match=f"{held_out} held-out samples, but the training shards have {samples} in"):
+            make_plan(recipe, world_size=world, train_samples=samples)
+        return
     if batch % world:
         with pytest.raises(PlanError, match=f"does not divide over {world} devices"):
             make_plan(recipe, world_size=world, train_samples=samples)
         return
     plan = make_plan(recipe, world_size=world, train_samples=samples)
+    assert (plan.train_samples, plan.held_out) == (samples - held_out, held_out)
+    samples = plan.train_samples
     assert plan.micro_batch_size * plan.grad_accum_steps * world == batch
     assert plan.micro_batch_size <= (bound or batch)
     assert (plan.total_steps - 1) * batch < epochs * samples <= plan.total_steps * batch
@@ -261,6 +334,11 @@ def test_imagenet_recipes_state_the_papers_runs(layers, batch, capsys):
     assert recipe.augment.auto_augment is None and recipe.ema.decay is None
     plan = make_plan(recipe, world_size=8, train_samples=1281167)
     assert (plan.global_batch_size, plan.micro_batch_size, plan.grad_accum_steps) == (batch, batch // 8, 1)
+    # the authors chose on the validation images, and trained on all others
+    data = recipe.data
+    assert (plan.held_out, data.val, data.test, data.test_samples) == (10_000, None, "data/imagenet/val", 50_000)
+    theirs = load_recipe(recipe_path(f"sew_resnet{layers}_psn.tet_t4_in1k"), ["data.select_on=test"])
+    assert make_plan(theirs, world_size=8, train_samples=1281167).train_samples == 1281167
     show_recipe(recipe, [8], 1281167, "the test")
     printed = capsys.readouterr().out
     assert f"{plan.total_steps:,}" in printed and str(batch // 8) in printed

@@ -12,6 +12,7 @@ A sample is what webdataset takes for one: the consecutive tar members whose nam
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -60,6 +61,11 @@ class ShardIndex:
     @property
     def num_bytes(self) -> int:
         return sum(shard.num_bytes for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits; equal where the shards' bytes and their order are."""
+        return hashlib.sha256("\n".join(shard.sha256 for shard in self.shards).encode()).hexdigest()[:12]
 
     def shard_url(self, shard: Shard) -> str:
         """Path, URL or `pipe:` command that yields the bytes of `shard`."""

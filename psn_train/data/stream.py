@@ -1,7 +1,8 @@
 """Shards -> batches of uint8 images, for training and for evaluation.
 
 Training: micro-batch `m` of a rank is a function of the recipe and of `m`, so a loader starts anywhere without reading
-what came before. Evaluation: batch `b` belongs to rank `b % world_size`; every sample is seen exactly once.
+what came before. Evaluation: batch `b` belongs to rank `b % world_size`; every sample is seen exactly once. Samples
+that are held out of the training shards are never trained on, and are evaluated as validation shards would be.
 
 A sample that cannot be read is named in the batch's `bad` list. Its place is taken by a copy of the next good sample of
 the micro-batch (training) or by an image of zeros that no class counts for (evaluation).
@@ -77,6 +78,8 @@ class TrainStream(Dataset):
             seed=self.recipe.seed,
             shuffle=data.shuffle,
             streams=data.streams,
+            hold_out=plan.held_out,
+            hold_out_seed=data.hold_out_seed,
         )
 
     def __getitem__(self, micro_step: int) -> Batch:
@@ -104,20 +107,34 @@ class TrainStream(Dataset):
 
 
 class EvalStream(Dataset):
-    """Item `i` is batch `rank + i * world_size` of the samples in the index's order."""
+    """Item `i` is batch `rank + i * world_size` of the samples `ids`, int64 [num_samples]; by default all."""
 
-    def __init__(self, recipe: Recipe, reader: SampleReader, batch_size: int, rank: int, world_size: int):
+    def __init__(
+        self,
+        recipe: Recipe,
+        reader: SampleReader,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        ids: np.ndarray | None = None,
+    ):
         self.recipe, self.reader, self.batch_size = recipe, reader, batch_size
         self.rank, self.world_size = rank, world_size
+        self.ids = np.arange(reader.index.num_samples) if ids is None else ids
         self.transform = eval_transform(recipe)
 
+    @property
+    def num_samples(self) -> int:
+        """Over all ranks."""
+        return len(self.ids)
+
     def __len__(self) -> int:
-        batches = -(-self.reader.index.num_samples // self.batch_size)
+        batches = -(-self.num_samples // self.batch_size)
         return len(range(self.rank, batches, self.world_size))
 
     def __getitem__(self, item: int) -> Batch:
         start = (self.rank + item * self.world_size) * self.batch_size
-        ids = np.arange(start, min(start + self.batch_size, self.reader.index.num_samples))
+        ids = self.ids[start : start + self.batch_size]
         side, channels = self.recipe.data.image_size, self.recipe.model.in_chans
         images = np.zeros((len(ids), channels, side, side), dtype=np.uint8)
         targets, keys, bad = [], [], []

@@ -13,8 +13,9 @@ from torch import nn
 from psn_train.data.index import load_index
 from psn_train.neurons import get_lambda
 from psn_train.recipe import Recipe
-from psn_train.training.build import build_model
-from psn_train.training.checkpoint import CheckpointError, find_checkpoint, read_meta, read_weights
+from psn_train.training.build import load_network
+from psn_train.training.checkpoint import CheckpointError, find_checkpoint, read_meta
+from psn_train.training.results import results_of_checkpoint, weights_of
 
 
 def load_run(
@@ -24,7 +25,8 @@ def load_run(
 
     Args:
         prefer: `best` or `last` checkpoint of a run.
-        weights: `model`, `ema`, or `auto` for the EMA where there is one.
+        weights: `model`, `ema`, or `auto` for those by which the best epoch was selected; where none was, for the EMA
+            if there is one.
 
     Raises:
         CheckpointError: there is no whole checkpoint, or no EMA in it.
@@ -32,10 +34,10 @@ def load_run(
     path = find_checkpoint(where, prefer)
     meta = read_meta(path)
     recipe = Recipe.model_validate(meta["recipe"])
-    state, which = read_weights(path, weights)
-    model = build_model(recipe, meta["num_classes"])
-    model.load_state_dict(state)
-    return model.eval(), recipe, {**meta, "weights": which, "path": str(path)}
+    if weights == "auto":
+        weights = weights_of(meta["results"]["best"])
+    model, which = load_network(recipe, path, meta["num_classes"], weights)
+    return model, recipe, {**meta, "weights": which, "path": str(path)}
 
 
 def load_timm_folder(where: str | os.PathLike) -> tuple[nn.Module, Recipe, dict]:
@@ -120,7 +122,7 @@ def write_timm_folder(where: str | os.PathLike, out: str | os.PathLike, *, prefe
         "psn_train": {
             "recipe": recipe.resolved(),
             "recipe_hash": meta["recipe_hash"],
-            "results": meta["results"],
+            "results": results_of_checkpoint(Path(meta["path"]), meta),
             "weights": meta["weights"],
             "versions": meta["versions"],
         }

@@ -2,7 +2,7 @@
 
 from psn_train.recipe.file import RecipeError, check_recipe, load_recipe, parse_yaml
 from psn_train.recipe.packaged import packaged_recipes, recipe_path, recipe_schema
-from psn_train.recipe.rules import Plan, PlanError, make_plan
+from psn_train.recipe.rules import Plan, PlanError, held_out_samples, make_plan
 from psn_train.recipe.schema import Recipe, decisive, flatten, recipe_hash
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "check_recipe",
     "decisive",
     "flatten",
+    "held_out_samples",
     "load_recipe",
     "make_plan",
     "packaged_recipes",

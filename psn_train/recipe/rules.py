@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from psn_train.recipe.schema import Recipe
+from psn_train.recipe.schema import Data, Recipe
+
+MOST_HELD_OUT = 10_000
+_TEST_IS_TOO = {
+    "val": "to choose the best epoch on the test shards, set data.select_on: test and leave data.val out",
+    "train": "what is trained on tests nothing",
+}
 
 
 def impossible_combinations(recipe: Recipe) -> list[str]:
@@ -68,9 +74,32 @@ def impossible_combinations(recipe: Recipe) -> list[str]:
         "checkpoint.select_by: ema_top1 needs an EMA; set ema.decay, such as 0.9999",
     )
     wrong(
-        data.val is None and checkpoint.select_by is not None,
-        f"checkpoint.select_by: {checkpoint.select_by} needs validation shards; set data.val",
+        data.selected_on is None and checkpoint.select_by is not None,
+        f"checkpoint.select_by: {checkpoint.select_by} is of samples that are not trained on, and there are none; "
+        "set data.val or a data.hold_out above 0",
     )
+    on_test = data.select_on == "test"
+    wrong(
+        on_test and data.test is None,
+        "data.select_on: test needs test shards; set data.test",
+    )
+    wrong(
+        on_test and data.val is not None,
+        f"data.val: {data.val} would never be looked at, since data.select_on is test; leave one of the two out",
+    )
+    wrong(
+        bool(data.hold_out) and on_test,
+        f"data.hold_out: got {data.hold_out}, but data.select_on: test trains on all samples; leave one of the two out",
+    )
+    wrong(
+        bool(data.hold_out) and not on_test and data.val is not None,
+        f"data.hold_out: got {data.hold_out}, but the best epoch is chosen on data.val; leave one of the two out",
+    )
+    for key, advice in _TEST_IS_TOO.items():
+        wrong(
+            bool(data.test) and data.test.rstrip("/") == (getattr(data, key) or "").rstrip("/"),
+            f"data.test: {data.test} is data.{key}, too; {advice}",
+        )
     wrong(
         checkpoint.every_epochs is None and checkpoint.every_steps is None,
         "checkpoint.every_epochs: a run that never saves; set every_epochs or every_steps",
@@ -87,6 +116,9 @@ class Plan:
     micro_batch_size: int
     grad_accum_steps: int
     train_samples: int
+    """Samples that are trained on, each once an epoch."""
+    held_out: int
+    """Samples of the training shards that are not."""
     steps_per_epoch: float
     """Updates an epoch; not a whole number unless the batch divides the samples: a batch may span two epochs."""
     total_steps: int
@@ -110,16 +142,38 @@ class PlanError(ValueError):
     """A recipe does not fit the number of devices or the data."""
 
 
+def held_out_samples(data: Data, samples: int) -> int:
+    """How many of the `samples` of the training shards are held out.
+
+    Raises:
+        PlanError: no sample would be left to train on.
+    """
+    if data.selected_on != "held out":
+        return 0
+    held_out = min(MOST_HELD_OUT, max(1, samples // 10)) if data.hold_out is None else data.hold_out
+    if held_out >= samples:
+        raise PlanError(
+            f"data.hold_out: {held_out} held-out samples, but the training shards have {samples} in all: none would be "
+            "left to train on. Set data.hold_out to less, or to 0 to hold out none."
+        )
+    return held_out
+
+
 def make_plan(recipe: Recipe, *, world_size: int, train_samples: int) -> Plan:
     """Derive batches and steps.
+
+    `train_samples` are those of the training shards, before any are held out.
 
     The global batch is the recipe's at any number of devices. The micro-batch of a device is the largest that divides
     its share of the global batch and is not above `data.max_batch_per_device`; the rest is accumulation.
 
     Raises:
-        PlanError: the global batch does not divide over the devices; the message names the numbers that would.
+        PlanError: the global batch does not divide over the devices, in which case the message names the numbers that
+            would; or no sample is left to train on.
     """
     data, schedule = recipe.data, recipe.schedule
+    held_out = held_out_samples(data, train_samples)
+    train_samples -= held_out
     batch = data.global_batch_size
     if batch % world_size:
         fitting = [w for w in range(1, batch + 1) if batch % w == 0]
@@ -149,6 +203,7 @@ def make_plan(recipe: Recipe, *, world_size: int, train_samples: int) -> Plan:
         micro_batch_size=micro,
         grad_accum_steps=share // micro,
         train_samples=train_samples,
+        held_out=held_out,
         steps_per_epoch=train_samples / batch,
         total_steps=total,
         epochs=epochs,

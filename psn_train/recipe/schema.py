@@ -60,11 +60,23 @@ class Data(Section):
     train: str
     """Folder or URL of the training shards."""
     val: str | None = None
-    """Folder or URL of the validation shards; without it nothing is evaluated."""
+    """Folder or URL of validation shards, on which the best epoch is chosen; goes before holding samples out."""
+    test: str | None = None
+    """Folder or URL of the test shards, which are looked at once, when the run is complete."""
     train_samples: Positive | None = None
-    """How many training samples there must be; the index of the shards is held against it."""
+    """How many samples the training shards must hold, those held out included; their index is held against it."""
     val_samples: Positive | None = None
-    """How many validation samples there must be."""
+    """How many samples the shards of `val` must hold."""
+    test_samples: Positive | None = None
+    """How many samples the shards of `test` must hold."""
+    hold_out: Annotated[int, Field(ge=0)] | None = None
+    """Samples of the training shards that are not trained on: the best epoch is chosen on them where there is no `val`.
+    By default a tenth of them, at most 10,000; 0: none."""
+    hold_out_seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of the choice of these samples. It does not follow `seed`: runs of several seeds share one split."""
+    select_on: Literal["val", "test"] = "val"
+    """test: the best epoch is chosen on the test shards, as the authors did, and nothing is held out. The figure is
+    optimistic, and every report says so."""
     global_batch_size: Positive
     """Samples of one update, over all ranks and accumulated micro-batches."""
     max_batch_per_device: Positive | None = None
@@ -85,6 +97,15 @@ class Data(Section):
     """Where shards of URLs are kept; by default a folder in the run's."""
     cache_gb: Annotated[float, Field(gt=0)] = 100.0
     """Bound of that folder, in 10^9 bytes."""
+
+    @property
+    def selected_on(self) -> Literal["val", "held out", "test"] | None:
+        """What is evaluated during the run and decides which epoch is the best; None: nothing is."""
+        if self.select_on == "test":
+            return "test"
+        if self.val is not None:
+            return "val"
+        return None if self.hold_out == 0 else "held out"
 
 
 class Augment(Section):
@@ -212,7 +233,7 @@ class Checkpoint(Section):
     keep_last: Positive = 2
     """How many checkpoints stay, besides the best."""
     select_by: Literal["top1", "ema_top1", "loss"] | None = None
-    """What the best is chosen by; by default `ema_top1` with an EMA, else `top1`."""
+    """The figure that the best is chosen by; by default `ema_top1` with an EMA, else `top1`."""
     accept_changes: bool = False
     """Go on with a run although the recipe has changed since."""
 
@@ -265,6 +286,7 @@ NEUTRAL = (
     "run_dir",
     "data.train",
     "data.val",
+    "data.test",
     "data.workers",
     "data.cache_dir",
     "data.cache_gb",
@@ -287,12 +309,19 @@ def flatten(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def decisive(document: dict[str, Any]) -> dict[str, Any]:
-    """The flat values of a resolved recipe that decide the weights: all but the neutral ones."""
-    return {
+    """The flat values of a resolved recipe that decide the weights: all but the neutral ones.
+
+    Where `data.val` is does not matter, but whether there is one does: without it, samples are held out.
+    """
+    flat = {
         key: value
         for key, value in flatten(document).items()
         if not any(key == neutral or key.startswith(neutral + ".") for neutral in NEUTRAL)
     }
+    data = document.get("data", {})
+    if data.get("val") is not None or data.get("select_on") == "test":
+        flat["data.hold_out"] = 0
+    return flat
 
 
 def recipe_hash(recipe: Recipe) -> str:

@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from psn_train.recipe.rules import Plan, PlanError, make_plan
+from psn_train.recipe.rules import MOST_HELD_OUT, Plan, PlanError, held_out_samples, make_plan
 from psn_train.recipe.schema import Recipe, recipe_hash
 
 
@@ -32,16 +32,50 @@ def learning_rates(recipe: Recipe, plan: Plan) -> list[tuple[str, float]]:
     return [(f"{schedule.by} {point}", at(point)) for point in points]
 
 
+def split_line(recipe: Recipe, samples: int | None) -> str:
+    """What is trained on, held out, selected on and tested on, in one line.
+
+    Raises:
+        PlanError: no sample would be left to train on.
+    """
+    data = recipe.data
+    if samples is None:
+        text = "all trained on"
+        if data.selected_on == "held out":
+            held_out = f"a tenth, at most {MOST_HELD_OUT:,}," if data.hold_out is None else f"{data.hold_out:,}"
+            text = f"{held_out} held out (seed {data.hold_out_seed}), the rest trained on"
+    else:
+        held_out = held_out_samples(data, samples)
+        text = f"{samples - held_out:,} trained on, {held_out:,} held out"
+        text += f" (seed {data.hold_out_seed})" if held_out else ""
+    chosen_on = {
+        "val": f"the validation shards {data.val}",
+        "held out": "the held-out samples",
+        "test": f"the test shards {data.test}, which makes its figure optimistic",
+        None: "nothing: no epoch is the best",
+    }
+    text += f"; best epoch selected on {chosen_on[data.selected_on]}"
+    if data.test is None:
+        return text + "; no test shards"
+    return text if data.selected_on == "test" else text + f"; test shards {data.test}: once, at the end"
+
+
 def show_recipe(recipe: Recipe, devices: list[int], samples: int | None, source: str) -> None:
     """Print the recipe as YAML, then a table of the derived numbers for each number of devices.
 
     Args:
-        samples: of the training shards, None where nobody knows; `source` says where the number is from.
+        samples: of the training shards, those held out included, None where nobody knows; `source` says where the
+            number is from.
     """
     console = Console(highlight=False, soft_wrap=True)
     console.print(yaml.safe_dump(recipe.resolved(), sort_keys=False, width=110), markup=False)
     console.print(f"recipe hash {recipe_hash(recipe)}, run folder {recipe.run_path}", markup=False)
-    console.print(f"training samples: {samples if samples is not None else 'unknown'} ({source})", markup=False)
+    console.print(f"training shards: {samples if samples is not None else 'unknown'} samples ({source})", markup=False)
+    try:
+        console.print(f"split: {split_line(recipe, samples)}", markup=False)
+    except PlanError as error:
+        console.print(str(error), markup=False)
+        return
     if samples is None:
         return
     table = Table("", *(f"{count} device{'s' * (count > 1)}" for count in devices), title="derived")
@@ -55,6 +89,7 @@ def show_recipe(recipe: Recipe, devices: list[int], samples: int | None, source:
         "batch per device": lambda plan: str(plan.micro_batch_size),
         "accumulated micro-batches": lambda plan: str(plan.grad_accum_steps),
         "global batch": lambda plan: str(plan.global_batch_size),
+        "samples trained on": lambda plan: f"{plan.train_samples:,}",
         "updates an epoch": lambda plan: f"{plan.steps_per_epoch:.2f}",
         "epochs": lambda plan: f"{plan.epochs:g}",
         "updates in all": lambda plan: f"{plan.total_steps:,}",

@@ -3,18 +3,56 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from psn_train.data.index import ShardIndex, load_index
+from psn_train.data.order import held_out_ids
 from psn_train.data.reader import SampleReader
 from psn_train.data.stream import check_counts
-from psn_train.recipe import Recipe
+from psn_train.recipe import Recipe, held_out_samples
+from psn_train.training.checkpoint import read_weights
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What is trained on, what decides which epoch is the best, and what is looked at once."""
+
+    train: SampleReader
+    """The training shards, held-out samples included."""
+    select: SampleReader | None
+    """What is evaluated during the run; None: nothing."""
+    select_ids: np.ndarray | None
+    """int64 [num_samples], the samples of `select`; None: all of them."""
+    test: SampleReader | None
+
+
+def open_splits(recipe: Recipe) -> Splits:
+    """All shards of a recipe, with everything checked that their indices tell.
+
+    Raises:
+        ShardError: no index, or another number of samples than the recipe wants.
+        PlanError: more samples are to be held out than there are.
+        ValueError: the splits number their classes differently.
+    """
+    data = recipe.data
+    train = open_shards(recipe, "train")
+    others = {split: open_shards(recipe, split) for split in ("val", "test") if getattr(data, split) is not None}
+    for split, reader in others.items():
+        same_classes(train.index, reader.index, split)
+    select, ids = others.get(data.selected_on), None
+    if data.selected_on == "held out":
+        samples = train.index.num_samples
+        select, ids = train, held_out_ids(samples, held_out_samples(data, samples), data.hold_out_seed)
+    return Splits(train, select, ids, others.get("test"))
 
 
 def open_shards(recipe: Recipe, split: str) -> SampleReader:
-    """Reader of the recipe's `train` or `val` shards, their counts held against the recipe.
+    """Reader of the recipe's `train`, `val` or `test` shards, their counts held against the recipe.
 
     Raises:
         ShardError: no index, or another number of samples than the recipe wants.
@@ -26,16 +64,16 @@ def open_shards(recipe: Recipe, split: str) -> SampleReader:
     return SampleReader(index, cache_dir=cache, cache_bytes=data.cache_gb * 1e9)
 
 
-def same_classes(train: ShardIndex, val: ShardIndex) -> None:
+def same_classes(train: ShardIndex, other: ShardIndex, split: str) -> None:
     """Raises ValueError where the two splits number their classes differently."""
-    if train.classes != val.classes:
+    if train.classes != other.classes:
         differing = [
             f"{number}: {a!r} and {b!r}"
-            for number, (a, b) in enumerate(zip(train.classes, val.classes, strict=False))
+            for number, (a, b) in enumerate(zip(train.classes, other.classes, strict=False))
             if a != b
         ]
         raise ValueError(
-            f"the training shards have {len(train.classes)} classes and the validation shards {len(val.classes)}; "
+            f"the training shards have {len(train.classes)} classes and those of data.{split} {len(other.classes)}; "
             f"first differences: {'; '.join(differing[:3]) or 'the number'}"
         )
 
@@ -76,6 +114,22 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     if section.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
+
+
+def load_network(recipe: Recipe, path: Path, num_classes: int, weights: str = "auto") -> tuple[nn.Module, str]:
+    """A checkpoint's network, on the CPU, in eval mode; and which weights it has, `model` or `ema`.
+
+    Args:
+        path: the checkpoint's folder.
+        weights: `model`, `ema`, or `auto` for the EMA where there is one.
+
+    Raises:
+        CheckpointError: no such weights there.
+    """
+    state, which = read_weights(path, weights)
+    model = build_model(recipe, num_classes)
+    model.load_state_dict(state)
+    return model.eval(), which
 
 
 def class_count(recipe: Recipe, index: ShardIndex) -> int:

@@ -124,7 +124,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int, bes
         best: {"metric", "value", ...} if this one is the best so far.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step_{checkpoint.meta['step']:08d}"
+    final = checkpoint_path(folder, checkpoint.meta["step"])
     aside = folder / f".{final.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
@@ -172,9 +172,25 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int, bes
         ) from error
     _write_text(folder / "LAST", final.name + "\n")
     if best is not None:
-        _write_text(folder / "BEST", json.dumps({"name": final.name, **best}) + "\n")
+        _write_best(folder, final, best)
     _delete_old(folder, keep_last)
     return final
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The folder of the checkpoint that is saved after `step` updates."""
+    return folder / f"step_{step:08d}"
+
+
+def _write_best(folder: Path, path: Path, best: dict) -> None:
+    _write_text(folder / "BEST", json.dumps({"name": path.name, **best}) + "\n")
+
+
+def repair_best(folder: Path, step: int, best: dict) -> None:
+    """Let BEST name the checkpoint of `step`, as it does not where a kill came after LAST had moved."""
+    path = checkpoint_path(folder, step)
+    if is_whole(path) and (read_best(folder) or {}).get("name") != path.name:
+        _write_best(folder, path, best)
 
 
 def _delete_old(folder: Path, keep_last: int) -> None:

@@ -1,10 +1,11 @@
-"""Evaluation: every sample of the index exactly once, sums first, one division last."""
+"""Evaluation: every sample exactly once, sums first, one division last."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -43,10 +44,21 @@ class Result:
 
 
 def make_eval_loader(
-    recipe: Recipe, reader: SampleReader, *, batch_size: int, device: torch.device, rank: int = 0, world_size: int = 1
+    recipe: Recipe,
+    reader: SampleReader,
+    *,
+    batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    ids: np.ndarray | None = None,
 ) -> DataLoader:
-    """This rank's batches of the evaluation, for any number of evaluations."""
-    stream = EvalStream(recipe, reader, batch_size, rank, world_size)
+    """This rank's batches of the evaluation, for any number of evaluations.
+
+    Args:
+        ids: int64 [num_samples], the samples that are evaluated over all ranks; by default all of the index.
+    """
+    stream = EvalStream(recipe, reader, batch_size, rank, world_size, ids)
     return make_loader(
         stream,
         start=0,
@@ -68,7 +80,7 @@ def evaluate(
     stop=None,
     on_batch=None,
 ) -> Result:
-    """Top-1, top-5 and cross entropy of the mean over T, on all samples of the loader's index.
+    """Top-1, top-5 and cross entropy of the mean over T, on all samples of the loader.
 
     Ranks take turns by batches and go through equally many rounds, so that a signal is agreed upon. Bad samples count
     as wrong answers, up to `data.max_bad_samples`.
@@ -80,14 +92,14 @@ def evaluate(
         on_batch: called with the number of samples of each batch.
 
     Raises:
-        ShardError: more bad samples than allowed, or another number of samples than in the index.
+        ShardError: more bad samples than allowed, or another number of samples than the loader's.
         EvaluationStopped: a signal came.
     """
     was_training = model.training
     model.eval()
     stream: EvalStream = loader.dataset
-    index, world_size = stream.reader.index, stream.world_size
-    rounds = math.ceil(index.num_samples / (stream.batch_size * world_size))
+    wanted, world_size = stream.num_samples, stream.world_size
+    rounds = math.ceil(wanted / (stream.batch_size * world_size))
     batches = iter(loader)
     normalize = Normalizer(recipe.augment.mean, recipe.augment.std, device)
     rates = FiringRates(model) if firing else None
@@ -130,10 +142,10 @@ def evaluate(
     all_reduce_sum(sums)
     bad = _gather(bad, world_size)
     top1, top5, loss, count = sums.tolist()
-    if count != index.num_samples:
+    if count != wanted:
         raise ShardError(
-            f"the evaluation saw {count:.0f} samples, the index of {index.location} has "
-            f"{index.num_samples}; no figure is reported"
+            f"the evaluation saw {count:.0f} samples of {stream.reader.index.location}, wanted {wanted}; "
+            "no figure is reported"
         )
     names = [name for name, _ in spiking_neurons(model)]
     return Result(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
+from psn_train.data.reader import SampleReader
 from psn_train.data.stream import TrainStream, make_loader
 from psn_train.recipe import Recipe, make_plan
-from psn_train.training.build import build_model, check_channels_last, class_count, open_shards, same_classes
+from psn_train.training.build import build_model, check_channels_last, class_count, load_network, open_splits
 from psn_train.training.evaluate import EvaluationStopped, evaluate, make_eval_loader
+from psn_train.training.metrics import headline
 from psn_train.training.optim import LearningRate, build_optimizer, masked_lambda
 from psn_train.training.run import Run
 from psn_train.training.runtime import (
@@ -34,13 +38,10 @@ def train(recipe: Recipe) -> int:
         NonFiniteLoss: the loss is infinite or NaN.
     """
     # everything that can be wrong without a device
-    train_reader = open_shards(recipe, "train")
-    val_reader = open_shards(recipe, "val") if recipe.data.val is not None else None
-    num_classes = class_count(recipe, train_reader.index)
-    if val_reader is not None:
-        same_classes(train_reader.index, val_reader.index)
+    splits = open_splits(recipe)
+    num_classes = class_count(recipe, splits.train.index)
     world_size = launched_processes()
-    plan = make_plan(recipe, world_size=world_size, train_samples=train_reader.index.num_samples)
+    plan = make_plan(recipe, world_size=world_size, train_samples=splits.train.index.num_samples)
     seed_everything(recipe.seed)
     model = build_model(recipe, num_classes)
     # moving a model keeps its parameters, so an optimiser that cannot be made is found here, too
@@ -49,7 +50,7 @@ def train(recipe: Recipe) -> int:
     accelerator = build_accelerator(recipe, world_size)
     device, rank = accelerator.device, accelerator.process_index
     set_precision(recipe, device)
-    run = Run(recipe, plan, accelerator)
+    run = Run(recipe, plan, splits, accelerator)
     if recipe.model.init_from is not None and not run.resumes:
         from psn_train.models.weights import load_ann
 
@@ -68,14 +69,15 @@ def train(recipe: Recipe) -> int:
     updater = Updater(recipe, plan, accelerator.prepare(model), optimizer, augment, device, rank)
     seed_everything(recipe.seed, 1 + rank)
     run.resume(updater)
-    run.say(run.headline())
+    run.say(headline(recipe, plan, device, run.step))
 
-    eval_loader = None
-    if val_reader is not None:
-        eval_batch = recipe.data.eval_batch_per_device or plan.micro_batch_size
-        eval_loader = make_eval_loader(
-            recipe, val_reader, batch_size=eval_batch, device=device, rank=rank, world_size=world_size
+    def eval_loader(reader: SampleReader, ids: np.ndarray | None = None) -> DataLoader:
+        batch_size = recipe.data.eval_batch_per_device or plan.micro_batch_size
+        return make_eval_loader(
+            recipe, reader, ids=ids, batch_size=batch_size, device=device, rank=rank, world_size=world_size
         )
+
+    select_loader = eval_loader(splits.select, splits.select_ids) if splits.select is not None else None
 
     def evaluate_epoch(epoch: int) -> bool:
         """True where the selected figure is the best so far."""
@@ -85,14 +87,24 @@ def train(recipe: Recipe) -> int:
         # hooks count the spikes, and a compiled graph would not call them
         with torch.compiler.set_stance("force_eager" if firing else "default"):
             results = {
-                which: evaluate(network, recipe, eval_loader, device=device, firing=firing, stop=run.stop)
+                which: evaluate(network, recipe, select_loader, device=device, firing=firing, stop=run.stop)
                 for which, network in run.networks()
             }
         return run.note_evaluation(epoch, results, time.monotonic() - begin)
 
+    def evaluate_test() -> None:
+        """The test set, looked at once: under the weights of the best and of the last checkpoint."""
+        loader, figures = eval_loader(splits.test), {}
+        wanted = run.results.to_test(run.checkpoints, run.step)
+        # the best may be the last
+        for path, weights in dict.fromkeys(filter(None, wanted.values())):
+            network, which = load_network(recipe, path, num_classes, weights)
+            figures[path, weights] = evaluate(network.to(device), recipe, loader, device=device, stop=run.stop), which
+        run.note_test({which: figures.get(chosen) for which, chosen in wanted.items()})
+
     final_step = min(plan.total_steps, recipe.schedule.stop_after_steps or plan.total_steps)
     loader = make_loader(
-        TrainStream(recipe, plan, train_reader, rank),
+        TrainStream(recipe, plan, splits.train, rank),
         start=run.step * plan.grad_accum_steps,
         stop=final_step * plan.grad_accum_steps,
         workers=recipe.data.workers,
@@ -125,6 +137,11 @@ def train(recipe: Recipe) -> int:
             if stopping or improved or run.save_due(ended, last=run.step == final_step):
                 run.save(updater, improved)
         complete = run.step == final_step and run.owed_epoch is None
+        if complete and run.test_due():
+            try:
+                evaluate_test()
+            except EvaluationStopped:
+                complete = False
         run.finish(complete)
     except RuntimeError as error:
         blame = updater.guard.blame()

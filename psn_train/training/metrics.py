@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from psn_train.neurons import spiking_neurons
+from psn_train.recipe import Plan, Recipe, flatten, recipe_hash
 from psn_train.training.runtime import all_reduce_sum
 
 
@@ -138,22 +139,36 @@ class Display:
             self.progress.stop()
 
 
-def evaluation_line(record: dict, best: dict) -> str:
-    """One line for the terminal from an evaluation's record and the best one's."""
-    selected = best["selected_by"]
-    text = (
-        f"epoch {record['epoch'] + 1} evaluated on {record['count']}: top-1 {record['top1']:.2f} %, "
-        f"top-5 {record['top5']:.2f} %, loss {record['loss']:.4f}"
+def start_trackers(accelerator, recipe: Recipe, step: int) -> None:
+    """Open what the recipe's `log.trackers` names, for a run that goes on after `step`."""
+    if not recipe.log.trackers:
+        return
+    config = {
+        key: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
+        for key, value in flatten(recipe.resolved()).items()
+    }
+    accelerator.init_trackers(
+        recipe.log.wandb_project if "wandb" in recipe.log.trackers else recipe.name,
+        config=config,
+        init_kwargs={
+            # what was logged at this very step is in the checkpoint, too
+            "tensorboard": {"purge_step": step + 1},
+            "wandb": {"name": recipe.name, "id": recipe.name, "resume": "allow"},
+        },
     )
-    if "ema_top1" in record:
-        text += f"; EMA top-1 {record['ema_top1']:.2f} %"
-    text += f"; best {selected} {best[selected]:.2f} (epoch {best['epoch'] + 1})"
-    if "firing" in record:
-        dead = sum(layer["dead"] for layer in record["firing"].values()) / len(record["firing"])
-        text += f"; firing {record['firing_rate']:.3f}, dead {dead:.1%}"
-    if record.get("lambda", 1.0) < 1.0:
-        text += f"; masked PSN with lambda = {record['lambda']:.3f} < 1: not causal yet"
-    return text
+
+
+def headline(recipe: Recipe, plan: Plan, device: torch.device, step: int) -> str:
+    """One line on what is about to run, and where; `step` updates are done."""
+    place = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    begin = f"goes on after step {step}" if step else "starts"
+    held_out = f" ({plan.held_out} held out)" if plan.held_out else ""
+    return (
+        f"{recipe.name} {begin}: {recipe.model.name}, T = {recipe.model.T}, {plan.train_samples} samples{held_out}, "
+        f"{plan.world_size} x {place}, batch {plan.global_batch_size} = {plan.world_size} x "
+        f"{plan.micro_batch_size} x {plan.grad_accum_steps} (accumulated), {plan.total_steps} steps, "
+        f"{recipe.precision.dtype}, recipe {recipe_hash(recipe)}, in {recipe.run_path}"
+    )
 
 
 def _clock(seconds: float) -> str:

@@ -3,7 +3,7 @@
 runs/NAME/
   recipe.json     the resolved recipe
   metrics.jsonl   a line for each log step and each evaluation
-  results.json    best and last, when the run is complete
+  results.json    best and last, and the test set's figures, when the run is complete: see results.py
   tensorboard/    where the recipe asks for it
   checkpoints/    see checkpoint.py
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
 from collections.abc import Iterator
 
@@ -23,7 +22,8 @@ from torch.utils.data import DataLoader
 from psn_train.data.index import ShardError
 from psn_train.data.stream import Batch
 from psn_train.neurons import get_lambda, set_lambda
-from psn_train.recipe import Plan, Recipe, decisive, flatten, recipe_hash
+from psn_train.recipe import Plan, Recipe, decisive, recipe_hash
+from psn_train.training.build import Splits
 from psn_train.training.checkpoint import (
     Checkpoint,
     clean,
@@ -31,12 +31,14 @@ from psn_train.training.checkpoint import (
     load_optimizer_by_name,
     optimizer_by_name,
     read_checkpoint,
+    repair_best,
     save_checkpoint,
 )
 from psn_train.training.evaluate import Result
-from psn_train.training.metrics import Display, MetricsFile, evaluation_line
+from psn_train.training.metrics import Display, MetricsFile, start_trackers
+from psn_train.training.results import Results, evaluation_line, evaluation_scalars, test_line
 from psn_train.training.runtime import RankState, StopSignal, all_reduce_sum, average_batch_norm, versions
-from psn_train.training.step import Updater
+from psn_train.training.step import Updater, training_figures
 
 
 class RunError(ValueError):
@@ -46,13 +48,13 @@ class RunError(ValueError):
 class Run:
     """One process's view of the run. Only the main process writes."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, accelerator):
+    def __init__(self, recipe: Recipe, plan: Plan, splits: Splits, accelerator):
         self.recipe, self.plan, self.accelerator = recipe, plan, accelerator
         self.path = recipe.run_path
         self.device, self.is_main = accelerator.device, accelerator.is_main_process
         self.step = 0
         self.owed_epoch: int | None = None
-        self.results: dict[str, dict | None] = {"best": None, "last": None}
+        self.results = Results(recipe, plan, splits)
         self.bad: list[str] = []
         self.seconds = 0.0
         self.waited = 0.0
@@ -69,6 +71,7 @@ class Run:
         self.saved = read_checkpoint(found) if found is not None else None
         if self.saved is not None:
             self._check_same_recipe(self.saved.meta["recipe"])
+            self.results.check_held_out(self.saved.meta)
 
     @property
     def checkpoints(self):
@@ -122,29 +125,26 @@ class Run:
             meta = saved.meta
             updater.scaler.load_state_dict(meta["scaler"])
             self.step, self.owed_epoch = meta["step"], meta["owed_epoch"]
-            self.results, self.seconds = meta["results"], meta["seconds"]
+            self.seconds = meta["seconds"]
+            if not self.results.load(meta):
+                self.say("the best epoch so far was selected on other samples; it is forgotten")
+                if self.step == self.plan.total_steps and self.results.selected_on is not None:
+                    self.owed_epoch = self.plan.epoch_of(self.step - 1)
+            elif self.is_main and self.results.best is not None:
+                repair_best(self.checkpoints, self.results.best["step"], self.results.best_mark())
             # the names of all ranks; one of them goes on counting from there
             self.bad = meta["bad"] if self.is_main else []
             keep_bytes = meta["metrics_bytes"]
             if meta["lambda"] is not None:
                 self.set_lambda(meta["lambda"])
+        elif self.is_main:
+            # of another run, whose checkpoints are gone
+            (self.path / "results.json").unlink(missing_ok=True)
         self.metrics = MetricsFile(self.path / "metrics.jsonl", keep_bytes) if self.is_main else None
         if self.is_main:
             text = json.dumps(self.recipe.resolved(), indent=1)
             (self.path / "recipe.json").write_text(text + "\n", encoding="utf-8")
-        if self.recipe.log.trackers:
-            config = {
-                key: value if isinstance(value, (int, float, str, bool)) else json.dumps(value)
-                for key, value in flatten(self.recipe.resolved()).items()
-            }
-            self.accelerator.init_trackers(
-                self.recipe.log.wandb_project if "wandb" in self.recipe.log.trackers else self.recipe.name,
-                config=config,
-                init_kwargs={
-                    "tensorboard": {"purge_step": self.step},
-                    "wandb": {"name": self.recipe.name, "id": self.recipe.name, "resume": "allow"},
-                },
-            )
+        start_trackers(self.accelerator, self.recipe, self.step)
         self.display = Display(enabled=self.is_main, total=self.plan.total_steps, start=self.step)
         self._started = self._last_log = time.monotonic()
         self._last_step = self.step
@@ -167,18 +167,6 @@ class Run:
     def say(self, text: str) -> None:
         if self.is_main:
             print(text, flush=True) if not hasattr(self, "display") else self.display.say(text)
-
-    def headline(self) -> str:
-        """One line on what is about to run, and where."""
-        plan, recipe = self.plan, self.recipe
-        place = "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
-        begin = f"goes on after step {self.step}" if self.step else "starts"
-        return (
-            f"{recipe.name} {begin}: {recipe.model.name}, T = {recipe.model.T}, {plan.train_samples} samples, "
-            f"{plan.world_size} x {place}, batch {plan.global_batch_size} = {plan.world_size} x "
-            f"{plan.micro_batch_size} x {plan.grad_accum_steps} (accumulated), {plan.total_steps} steps, "
-            f"{recipe.precision.dtype}, recipe {recipe_hash(recipe)}, in {self.path}"
-        )
 
     def waiting_for(self, loader: DataLoader) -> Iterator[Batch]:
         """The loader's batches; the seconds that nothing was ready are added up."""
@@ -222,26 +210,17 @@ class Run:
         window = updater.window.clone()
         bad = torch.tensor([float(len(self.bad)), self.waited], dtype=torch.float64, device=self.device)
         all_reduce_sum(window, bad)
-        loss, hits, samples, norm, updates = window.tolist()
         unreadable, waited = bad.tolist()
-        world_size, steps = self.plan.world_size, max(self.step - self._last_step, 1)
-        elapsed = now - self._last_log
+        steps, elapsed = max(self.step - self._last_step, 1), now - self._last_log
         record = {
             "kind": "train",
             "step": self.step,
             "epoch": self.plan.epoch_of(self.step - 1),
-            "loss": loss / updates,
-            "top1": 100 * hits / samples,
-            "lr": updater.optimizer.param_groups[0]["lr"],
+            **training_figures(updater, window.tolist()),
             "images_per_s": steps * self.plan.global_batch_size / elapsed,
-            "data_wait": min(waited / world_size / elapsed, 1.0),
+            "data_wait": min(waited / self.plan.world_size / elapsed, 1.0),
             "bad_samples": int(unreadable),
         }
-        # under fp16 it is scaled, unless clipping has unscaled it
-        if not updater.scaler.is_enabled() or self.recipe.optim.clip_grad_norm is not None:
-            record["grad_norm"] = norm / updates
-        if updater.scaler.is_enabled():
-            record["loss_scale"] = updater.scaler.get_scale()
         if (lambda_ := get_lambda(self.model)) is not None:
             record["lambda"] = lambda_
         if self.device.type == "cuda":
@@ -268,44 +247,38 @@ class Run:
                 buffers[name].copy_(value)
 
     def evaluation_due(self, ended: int | None, last: bool) -> bool:
-        if ended is None or self.recipe.data.val is None:
+        if ended is None or self.results.selected_on is None:
             return False
         return last or (ended + 1) % self.recipe.log.eval_every_epochs == 0
 
     def note_evaluation(self, epoch: int, results: dict[str, Result], seconds: float) -> bool:
-        """Write the results down; True where the selected figure is the best so far (the first of equals stays)."""
-        selected = self.recipe.checkpoint.select_by or ("ema_top1" if "ema" in results else "top1")
-        record: dict = {"kind": "eval", "step": self.step, "epoch": epoch, "seconds": seconds}
-        for which, result in results.items():
-            prefix = "ema_" if which == "ema" else ""
-            record |= {f"{prefix}top1": result.top1, f"{prefix}top5": result.top5, f"{prefix}loss": result.loss}
-        main = results["model"]
-        record |= {"count": main.count, "unreadable": main.bad}
-        if (lambda_ := get_lambda(self.model)) is not None:
-            record["lambda"] = lambda_
-        summary = {**record, "selected_by": selected}
-        if main.firing:
-            record |= {"firing_rate": main.firing_rate, "firing": main.firing}
-        best = self.results["best"]
-        value = record[selected]
-        improved = best is None or (value < best[selected] if selected == "loss" else value > best[selected])
-        # a masked PSN that is not causal yet is no candidate once there is one that is
-        open_before, open_now = (best or {}).get("lambda", 1.0) < 1.0, record.get("lambda", 1.0) < 1.0
-        if best is not None and open_before != open_now:
-            improved = open_before
-        if improved:
-            self.results["best"] = summary
-        self.results["last"] = summary
+        """Write the results down; True where the selected figure is the best so far."""
+        lambda_ = get_lambda(self.model)
+        record, improved = self.results.note(self.step, epoch, results, seconds=seconds, lambda_=lambda_)
         if self.is_main:
             self.metrics.write(record)
-            self.display.say(evaluation_line(record, self.results["best"]))
-        scalars = {f"eval/{key}": value for key, value in record.items() if isinstance(value, float)}
-        for layer, figures in main.firing.items():
-            scalars |= {f"{key}/{layer}": value for key, value in figures.items()}
-        self.accelerator.log(scalars, step=self.step)
+            self.display.say(evaluation_line(record, self.results.best))
+        self.accelerator.log(evaluation_scalars(record), step=self.step)
         # the throughput is that of training
         self._last_log += seconds
         return improved
+
+    def test_due(self) -> bool:
+        """True where the run is complete and the test shards were not looked at yet; the same on all ranks."""
+        from accelerate.utils import broadcast_object_list
+
+        if not self.results.tests_once or self.step != self.plan.total_steps:
+            return False
+        found = [self.results.read_test(self.path, self.step) if self.is_main else None]
+        if self.plan.world_size > 1:
+            broadcast_object_list(found)
+        self.results.test = found[0]
+        return found[0] is None
+
+    def note_test(self, figures: dict[str, tuple[Result, str] | None]) -> None:
+        """Take in the test set's figures; `finish` writes them down."""
+        self.results.note_test(figures, step=self.step, epoch=self.plan.epoch_of(self.step - 1))
+        self.accelerator.log(self.results.test_scalars(), step=self.step)
 
     def save_due(self, ended: int | None, last: bool) -> bool:
         every = self.recipe.checkpoint
@@ -325,7 +298,6 @@ class Run:
         if self.ema is not None:
             ema = {**self.ema.module.state_dict(), **average_batch_norm(self.ema.module)}
         if self.is_main:
-            selected = self.results["best"]["selected_by"] if improved else None
             meta = {
                 "step": self.step,
                 "samples_seen": self.step * self.plan.global_batch_size,
@@ -333,7 +305,8 @@ class Run:
                 "owed_epoch": self.owed_epoch,
                 "lambda": get_lambda(self.model),
                 "scaler": updater.scaler.state_dict(),
-                "results": self.results,
+                "results": self.results.state(),
+                "split": self.results.split,
                 "bad": sorted({name for _, bad in gathered for name in bad}),
                 "seconds": self.seconds + time.monotonic() - self._started,
                 "metrics_bytes": self.metrics.flushed_size(),
@@ -355,36 +328,26 @@ class Run:
                 self.checkpoints,
                 checkpoint,
                 keep_last=self.recipe.checkpoint.keep_last,
-                best={"metric": selected, "value": self.results["best"][selected]} if improved else None,
+                best=self.results.best_mark() if improved else None,
             )
         self.accelerator.wait_for_everyone()
 
     def finish(self, complete: bool) -> None:
         """Say how it ended, and write results.json if it is over."""
-        seconds = self.seconds + time.monotonic() - self._started
+        seconds, results = self.seconds + time.monotonic() - self._started, self.results
         if not complete:
-            self.say(
-                f"stopped by {self.stop.caught or 'a signal to another rank'} after step {self.step}; all is saved"
-            )
+            untested = results.tests_once and self.step == self.plan.total_steps
+            owed = "; the next start looks at the test set" if untested else ""
+            by = self.stop.caught or "a signal to another rank"
+            self.say(f"stopped by {by} after step {self.step}; all is saved{owed}")
             return
         if self.is_main:
-            document = {
-                "name": self.recipe.name,
-                "recipe_hash": recipe_hash(self.recipe),
-                "steps": self.step,
-                "seconds": seconds,
-                "bad_samples": self.bad,
-                **self.results,
-            }
-            aside = self.path / ".results.json.tmp"
-            aside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-            os.replace(aside, self.path / "results.json")
-        best, last = self.results["best"], self.results["last"]
-        text = f"{self.recipe.name} is complete: {self.step} steps, {seconds:.0f} s"
-        if best is not None:
-            figure = best["selected_by"]
-            text += f"; best {figure} {best[figure]:.2f} (epoch {best['epoch'] + 1}), last {last[figure]:.2f}"
-        self.say(text)
+            # by every start of a complete run: it cuts the file to what the last checkpoint knows of
+            for record in results.test_records():
+                self.metrics.write(record)
+                self.say(test_line(record))
+            results.write(self.path, steps=self.step, seconds=seconds, bad_samples=self.bad)
+        self.say(f"{self.recipe.name} is complete: {self.step} steps, {seconds:.0f} s{results.summary(self.step)}")
 
     def close(self) -> None:
         self.stop.close()

@@ -138,3 +138,19 @@ class Updater:
             ]
         )
         return used
+
+
+def training_figures(updater: Updater, window: list[float]) -> dict[str, float]:
+    """What a log line tells of the updates since the last one; `window` is `Updater.window`, summed over the ranks."""
+    loss, hits, samples, norm, updates = window
+    figures = {
+        "loss": loss / updates,
+        "top1": 100 * hits / samples,
+        "lr": updater.optimizer.param_groups[0]["lr"],
+    }
+    # under fp16 it is scaled, unless clipping has unscaled it
+    if not updater.scaler.is_enabled() or updater.recipe.optim.clip_grad_norm is not None:
+        figures["grad_norm"] = norm / updates
+    if updater.scaler.is_enabled():
+        figures["loss_scale"] = updater.scaler.get_scale()
+    return figures

@@ -1,0 +1,306 @@
+"""What a run reports: its best and its last epoch, on which samples the best was selected, and the test set's figures.
+
+In a checkpoint's state.json under `results`, and in the results.json of a run that is complete:
+
+  selected_on   "val": data.val; "held out": samples of the training shards that are not trained on; "test": the test
+                set, which makes the figure of the best epoch optimistic; null: nothing is evaluated during the run
+  best, last    the evaluation of that epoch; `selected_by` names the figure that decides
+  test          {"best": ..., "last": ...}: figures of these two checkpoints on the test shards, which are looked at
+                once, when the run is complete; under selected_on "test" those of `best` and `last`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from psn_train.recipe import Plan, Recipe, recipe_hash
+from psn_train.training.build import Splits
+from psn_train.training.checkpoint import checkpoint_path
+from psn_train.training.evaluate import Result
+
+SAMPLES = {"val": "validation samples", "held out": "held-out training samples", "test": "samples of the test set"}
+SELECTED = {
+    "val": "selected on the validation set",
+    "held out": "selected on held-out training samples",
+    "test": "selected on the test set",
+}
+
+
+class SelectionError(ValueError):
+    """What is to decide which epoch is the best cannot be trusted."""
+
+
+class Results:
+    """Best and last evaluation of a run so far, and the test set's figures once they are known."""
+
+    def __init__(self, recipe: Recipe, plan: Plan, splits: Splits):
+        self.recipe, self.plan = recipe, plan
+        self.selected_on = recipe.data.selected_on
+        self.selected_by = recipe.checkpoint.select_by or ("ema_top1" if recipe.ema.decay is not None else "top1")
+        # which samples are held out follows from these
+        self.split = {
+            "shards": splits.train.index.fingerprint,
+            "samples": splits.train.index.num_samples,
+            "held_out": plan.held_out,
+            "hold_out_seed": recipe.data.hold_out_seed,
+        }
+        self.test_shards = splits.test.index.fingerprint if splits.test is not None else None
+        # looked at when the run is complete, and not during it
+        self.tests_once = splits.test is not None and self.selected_on != "test"
+        self.best: dict | None = None
+        self.last: dict | None = None
+        self.test: dict[str, dict | None] | None = None
+
+    def state(self) -> dict:
+        """For a checkpoint and for results.json."""
+        return {"selected_on": self.selected_on, "best": self.best, "last": self.last, "test": self.test}
+
+    def check_held_out(self, meta: dict) -> None:
+        """Whatever changes of the recipe are accepted, no sample is evaluated that was trained on.
+
+        Raises:
+            SelectionError: the checkpoint of `meta` was trained on some of those that are held out now.
+        """
+        then, now = meta.get("split", {"held_out": 0}), self.split
+        # a smaller number is among a larger one of the same shards and seed
+        others = {**then, "held_out": now["held_out"]} != now or then["held_out"] < now["held_out"]
+        if now["held_out"] and others:
+            raise SelectionError(
+                f"{self.recipe.run_path}: some of the {now['held_out']} samples that are to be held out were trained "
+                f"on before, when {then['held_out']} were held out, so nothing can be selected on them. Train in "
+                "another folder (run_dir=...), or leave data.hold_out, data.hold_out_seed and the training shards as "
+                "they were."
+            )
+
+    def load(self, meta: dict) -> bool:
+        """Take over what a checkpoint holds; False where its best was selected on other samples than ours are.
+
+        The test set's figures are those of results.json, see `read_test`.
+        """
+        before = meta["results"].get("selected_on"), meta.get("split", {}).get("held_out", 0)
+        if before != (self.selected_on, self.plan.held_out):
+            return False
+        self.best, self.last = meta["results"]["best"], meta["results"]["last"]
+        self._note_selecting_test()
+        return True
+
+    def note(
+        self, step: int, epoch: int, results: dict[str, Result], *, seconds: float, lambda_: float | None
+    ) -> tuple[dict, bool]:
+        """Take in an evaluation of the network ("model") and of its moving average ("ema").
+
+        Returns:
+            (line of metrics.jsonl, True where its figure is the best so far); the first of equals stays.
+        """
+        record: dict = {"kind": "eval", "step": step, "epoch": epoch, "seconds": seconds}
+        for which, result in results.items():
+            prefix = "ema_" if which == "ema" else ""
+            record |= {f"{prefix}top1": result.top1, f"{prefix}top5": result.top5, f"{prefix}loss": result.loss}
+        main = results["model"]
+        record |= {"count": main.count, "unreadable": main.bad, "selected_on": self.selected_on}
+        if lambda_ is not None:
+            record["lambda"] = lambda_
+        summary = {**record, "selected_by": self.selected_by}
+        if main.firing:
+            record |= {"firing_rate": main.firing_rate, "firing": main.firing}
+        improved = self._improves(record)
+        if improved:
+            self.best = summary
+        self.last = summary
+        self._note_selecting_test()
+        return record, improved
+
+    def _improves(self, record: dict) -> bool:
+        if self.best is None:
+            return True
+        # a masked PSN that is not causal yet is no candidate once there is one that is
+        open_before, open_now = self.best.get("lambda", 1.0) < 1.0, record.get("lambda", 1.0) < 1.0
+        if open_before != open_now:
+            return open_before
+        value, before = record[self.selected_by], self.best[self.selected_by]
+        return value < before if self.selected_by == "loss" else value > before
+
+    def best_mark(self) -> dict:
+        """The best so far as BEST states it."""
+        figure = self.best["selected_by"]
+        return {"metric": figure, "value": self.best[figure]}
+
+    def _note_selecting_test(self) -> None:
+        if self.selected_on == "test" and self.best is not None:
+            self.test = {"best": self._figures(self.best), "last": self._figures(self.last)}
+
+    def _figures(self, record: dict) -> dict:
+        weights = weights_of(record)
+        prefix = "ema_" if weights == "ema" else ""
+        return {
+            **{key: record[prefix + key] for key in ("top1", "top5", "loss")},
+            **{key: record[key] for key in ("count", "unreadable", "epoch", "step")},
+            "weights": weights,
+            "shards": self.test_shards,
+        }
+
+    def to_test(self, checkpoints: Path, step: int) -> dict[str, tuple[Path, str] | None]:
+        """Which weights the test set is shown: {"best": (checkpoint, `model`, `ema` or `auto`), "last": ...}.
+
+        They are read back from the disk, so that the figures are of what is published, whenever they are taken.
+        """
+        best = None
+        if self.best is not None:
+            best = checkpoint_path(checkpoints, self.best["step"]), weights_of(self.best)
+        return {"best": best, "last": (checkpoint_path(checkpoints, step), weights_of(self.last))}
+
+    def note_test(self, figures: dict[str, tuple[Result, str] | None], *, step: int, epoch: int) -> None:
+        """Take in the test set's (result, weights) of `best` and `last`; `step` and `epoch` are those of the last."""
+        self.test = {}
+        for which, found in figures.items():
+            record = getattr(self, which) or {"step": step, "epoch": epoch}
+            self.test[which] = None
+            if found is not None:
+                result, weights = found
+                self.test[which] = {
+                    "top1": result.top1,
+                    "top5": result.top5,
+                    "loss": result.loss,
+                    "count": result.count,
+                    "unreadable": result.bad,
+                    "epoch": record["epoch"],
+                    "step": record["step"],
+                    "weights": weights,
+                    "shards": self.test_shards,
+                }
+
+    def read_test(self, path: Path, step: int) -> dict | None:
+        """The test set's figures in results.json, if they are of this very run, at this step, on these test shards."""
+        document = read_results(path)
+        if document is None or not document.get("test"):
+            return None
+        now = {"recipe_hash": recipe_hash(self.recipe), "steps": step, "best": self.best, "last": self.last}
+        # as text, where NaN equals NaN
+        same = all(json.dumps(document.get(key)) == json.dumps(value) for key, value in now.items())
+        shards = {figures["shards"] for figures in document["test"].values() if figures is not None}
+        return document["test"] if same and shards == {self.test_shards} else None
+
+    def test_records(self) -> list[dict]:
+        """Lines of metrics.jsonl of the look at the test set; none where each evaluation is on it anyway."""
+        if not self.tests_once or self.test is None:
+            return []
+        return [{"kind": "test", "which": which, **figures} for which, figures in self.test.items() if figures]
+
+    def test_scalars(self) -> dict[str, float]:
+        """The same for the trackers."""
+        keys = ("top1", "top5", "loss")
+        return {f"test/{record['which']}_{key}": record[key] for record in self.test_records() for key in keys}
+
+    def write(self, path: Path, *, steps: int, seconds: float, bad_samples: list[str]) -> None:
+        """results.json of the run's folder, whole or as it was before."""
+        document = {
+            "name": self.recipe.name,
+            "recipe_hash": recipe_hash(self.recipe),
+            "steps": steps,
+            "seconds": seconds,
+            "bad_samples": bad_samples,
+            "split": {**self.split, "trained_on": self.plan.train_samples},
+            **self.state(),
+        }
+        aside = path / ".results.json.tmp"
+        aside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, path / "results.json")
+
+    def summary(self, steps: int) -> str:
+        """Best and last, of validation and of test, as the end of a line; empty where nothing was evaluated."""
+        parts = []
+        if self.best is not None:
+            figure = self.best["selected_by"]
+            digits = 4 if figure == "loss" else 2
+            parts.append(
+                f"{SELECTED[self.selected_on]}{', which is optimistic' if self.selected_on == 'test' else ''}: "
+                f"best {figure} {self.best[figure]:.{digits}f} (epoch {self.best['epoch'] + 1}), "
+                f"last {self.last[figure]:.{digits}f}"
+            )
+        if self.tests_once and self.test is not None:
+            shown = [f"{which} top1 {figures['top1']:.2f}" for which, figures in self.test.items() if figures]
+            parts.append(f"test set: {', '.join(shown)}")
+        elif self.tests_once:
+            parts.append(
+                "the test set was not touched: schedule.stop_after_steps ended the run after "
+                f"{steps} of {self.plan.total_steps} steps"
+            )
+        return "".join(f"; {part}" for part in parts)
+
+
+def weights_of(record: dict | None) -> str:
+    """The weights that an evaluation's selecting figure is about: `model` or `ema`; `auto` where there is none."""
+    if record is None:
+        return "auto"
+    return "ema" if record["selected_by"] == "ema_top1" else "model"
+
+
+def evaluation_scalars(record: dict) -> dict[str, float]:
+    """An evaluation's line of metrics.jsonl for the trackers."""
+    scalars = {f"eval/{key}": value for key, value in record.items() if isinstance(value, float)}
+    for layer, figures in record.get("firing", {}).items():
+        scalars |= {f"{key}/{layer}": value for key, value in figures.items()}
+    return scalars
+
+
+def evaluation_line(record: dict, best: dict) -> str:
+    """One line for the terminal from an evaluation's record and the best one's."""
+    selected = best["selected_by"]
+    text = (
+        f"epoch {record['epoch'] + 1} evaluated on {record['count']} {SAMPLES[record['selected_on']]}: "
+        f"top-1 {record['top1']:.2f} %, top-5 {record['top5']:.2f} %, loss {record['loss']:.4f}"
+    )
+    if "ema_top1" in record:
+        text += f"; EMA top-1 {record['ema_top1']:.2f} %"
+    text += f"; best {selected} {best[selected]:.2f} (epoch {best['epoch'] + 1}"
+    text += f", {SELECTED['test']})" if record["selected_on"] == "test" else ")"
+    if "firing" in record:
+        dead = sum(layer["dead"] for layer in record["firing"].values()) / len(record["firing"])
+        text += f"; firing {record['firing_rate']:.3f}, dead {dead:.1%}"
+    if record.get("lambda", 1.0) < 1.0:
+        text += f"; masked PSN with lambda = {record['lambda']:.3f} < 1: not causal yet"
+    return text
+
+
+def test_line(record: dict) -> str:
+    """One line for the terminal from a line of `Results.test_records`."""
+    return (
+        f"test set, {record['which']} (epoch {record['epoch'] + 1}) on {record['count']} samples: "
+        f"top-1 {record['top1']:.2f} %, top-5 {record['top5']:.2f} %, loss {record['loss']:.4f}"
+    )
+
+
+def read_results(run_path: Path) -> dict | None:
+    """results.json of a run's folder; None where there is none that can be read."""
+    try:
+        document = json.loads((run_path / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def results_of_checkpoint(path: Path, meta: dict) -> dict:
+    """What is known of a checkpoint step_XXXXXXXX: its run's results.json, where it is the best or the last of them.
+
+    Other checkpoints, and those of a run that is not complete, tell what the run had reached when they were saved.
+
+    Returns:
+        selected_on, best, last and test as above, and `weights_of`: which of best and last this checkpoint is.
+    """
+    own, step = meta["results"], meta["step"]
+    document = read_results(path.resolve().parent.parent)
+    if document is not None and document.get("recipe_hash") == meta["recipe_hash"]:
+        steps = {"best": (document.get("best") or {}).get("step"), "last": document.get("steps")}
+        # the evaluation of this very step is the same in both, or the file is of another run
+        names = [
+            which
+            for which, found in steps.items()
+            if found == step and json.dumps(document.get(which)) == json.dumps(own["last"])
+        ]
+        if names:
+            kept = {key: document.get(key) for key in ("selected_on", "best", "last", "test")}
+            return {**kept, "weights_of": names}
+    is_best = own["best"] is not None and own["best"]["step"] == step
+    return {"selected_on": None, "test": None, **own, "weights_of": ["best"] if is_best else []}
