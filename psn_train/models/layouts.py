@@ -1,8 +1,8 @@
 """Whose network a file of weights is: architecture, neuron and arguments from the tensors' names and shapes.
 
-Known are ResNets (torchvision's and timm's ANNs, the authors' and SpikingJelly's SEW-ResNets, this project's own) and the
-authors' networks for CIFAR-10, sequential CIFAR and CIFAR10-DVS. Sizes are taken from shapes; what a checkpoint's options
-say is compared with them and, where it differs, reported.
+Known are ResNets (torchvision's and timm's ANNs, the authors' and SpikingJelly's SEW-ResNets, this project's own) and
+the authors' networks for CIFAR-10, sequential CIFAR and CIFAR10-DVS. Sizes are taken from shapes; what a checkpoint's
+options say is compared with them and, where it differs, reported.
 """
 
 import inspect
@@ -18,8 +18,14 @@ from psn_train.models.neuron_layouts import AUTHORS, OWN, SPIKINGJELLY, WITHOUT_
 from psn_train.models.sew_resnet import ARCHITECTURES, DEPTHS, SEWResNet
 from psn_train.neurons import NEURONS
 
+OWNERS = {AUTHORS: "the authors'", SPIKINGJELLY: "SpikingJelly's", OWN: "psn_train's"}
+
 # SpikingJelly's own defaults for the neurons that reset, which its state dicts do not hold
 SPIKINGJELLY_RESET = {"v_reset": 0.0, "detach_reset": False, "surrogate": "sigmoid", "alpha": 4.0}
+
+
+class NotSpiking(ValueError):
+    """The tensors are of no known layout, or of a network without neurons."""
 
 
 @dataclass
@@ -63,6 +69,7 @@ def recognise(
     lambda_: float | None = None,
     options: Mapping[str, object] | None = None,
     ours: bool = False,
+    ann: bool = False,
 ) -> Layout:
     """The layout of a file's tensors.
 
@@ -73,6 +80,7 @@ def recognise(
         T, k, lambda_: where the tensors do not say them; otherwise they have to agree.
         options: what a checkpoint's argparse.Namespace says; believed where nothing better is known.
         ours: what SpikingJelly and this project write alike is this project's.
+        ann: it is known to be an ANN, so `neuron` names the neurons that it shall get.
 
     Errors: ValueError if the layout is not known, its parts contradict each other, or the user's word contradicts them.
     """
@@ -93,7 +101,7 @@ def recognise(
     sew = network.cls is SEWResNet
     has_tensors = bool(found.entries)
     if not has_tensors:
-        _settle_without_tensors(layout, network, model, wanted)
+        _settle_without_tensors(layout, network, ann or model is not None, wanted)
     origin = found.origin
     if "pe" in tensors and origin is None:
         origin = AUTHORS
@@ -101,13 +109,11 @@ def recognise(
         origin = OWN if ours else SPIKINGJELLY
     arguments = dict(network.arguments)
     if sew and not layout.is_ann:
-        layout.whose = {AUTHORS: "the authors'", SPIKINGJELLY: "SpikingJelly's", OWN: "psn_train's"}[
-            origin
-        ] + " SEW-ResNet"
+        layout.whose = f"{OWNERS[origin]} SEW-ResNet"
         if found.origin is None and origin == SPIKINGJELLY:
             layout.notes.append(
-                "SpikingJelly and psn_train write these neurons alike; read as SpikingJelly's (--arg stem_pool=avg and so "
-                "on where it is not)"
+                "SpikingJelly and psn_train write these neurons alike; read as SpikingJelly's (where it is not, "
+                "--arg stem_pool=avg and so on)"
             )
         if origin == SPIKINGJELLY:
             arguments["stem_pool"] = "max"
@@ -153,26 +159,22 @@ def _wanted_neuron(network: _Network, model: str | None, neuron: str | None) -> 
     return named
 
 
-def _settle_without_tensors(layout: Layout, network: _Network, model: str | None, wanted: str | None) -> None:
+def _settle_without_tensors(layout: Layout, network: _Network, start: bool, wanted: str | None) -> None:
     """An ANN, or neurons without tensors: only the user can tell."""
     if wanted is None:
-        raise ValueError(
+        raise NotSpiking(
             f"{network.architecture} without a tensor of any neuron: an ANN, of which --model "
             f"{network.architecture}_psn (or another neuron) makes a start for training, or a trained network of "
             f"neurons that have no parameters, then say --neuron {', '.join(WITHOUT_TENSORS)}"
         )
-    if network.cls is SEWResNet and model is not None:
+    if network.cls is SEWResNet and start:
         layout.is_ann, layout.whose = True, "an ANN's ResNet"
         layout.notes.append("NOT TRAINED YET: the weights of an ANN as a start; its neurons keep their initialisation")
         return
     if wanted not in WITHOUT_TENSORS:
+        advice = f"; to start from an ANN say --model {network.architecture}_{wanted}"
         raise ValueError(
-            f"--neuron {wanted}: the file has no tensor of a neuron"
-            + (
-                f"; to start from an ANN say --model {network.architecture}_{wanted}"
-                if network.cls is SEWResNet
-                else ""
-            )
+            f"--neuron {wanted}: the file has no tensor of a neuron" + (advice if network.cls is SEWResNet else "")
         )
 
 
@@ -245,10 +247,10 @@ def _network(tensors: Mapping[str, Tensor]) -> _Network:
         return _vgg(tensors)
     names = list(tensors)
     if "layer1.0.conv.weight" in tensors:
-        raise ValueError("these are the names of psn_train's own plain networks; psn publish writes a folder for timm")
-    raise ValueError(
-        f"no known layout: {len(names)} tensors, {', '.join(names[:4])}, ... Known are torchvision's and timm's ResNets "
-        "(plain stem), SEW-ResNets of the authors and of SpikingJelly, and the authors' networks for CIFAR-10 "
+        raise NotSpiking("these are the names of psn_train's own plain networks; psn publish writes a folder for timm")
+    raise NotSpiking(
+        f"no known layout: {len(names)} tensors, {', '.join(names[:4])}, ... Known are torchvision's and timm's "
+        "ResNets (plain stem), SEW-ResNets of the authors and of SpikingJelly, and the authors' networks for CIFAR-10 "
         "(conv.0.weight), sequential CIFAR and CIFAR10-DVS (features.0.fwd.module.0.weight)"
     )
 
@@ -271,7 +273,7 @@ def _resnet(tensors: Mapping[str, Tensor]) -> _Network:
     depth = depths.get((bottleneck, tuple(blocks)))
     if depth is None:
         kind = "bottleneck" if bottleneck else "basic"
-        raise ValueError(f"a ResNet of {blocks} {kind} blocks; known are the depths {', '.join(map(str, DEPTHS))}")
+        raise NotSpiking(f"a ResNet of {blocks} {kind} blocks; known are the depths {', '.join(map(str, DEPTHS))}")
     stem = _need(tensors, "conv1.weight", 4)
     width = stem.shape[0]
     arguments: dict[str, object] = {
@@ -326,9 +328,8 @@ def _cifar(tensors: Mapping[str, Tensor]) -> _Network:
         "img_size": _side(flat, width, dims, 4),
     }
     if dims == 1:
-        return _Network(
-            "the authors' network for sequential CIFAR", "sequential_net", SequentialNet, arguments, layers, modules
-        )
+        whose = "the authors' network for sequential CIFAR"
+        return _Network(whose, "sequential_net", SequentialNet, arguments, layers, modules)
     return _Network("the authors' network for CIFAR-10", "cifar_net", CIFARNet, arguments, layers, modules)
 
 

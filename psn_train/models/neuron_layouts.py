@@ -1,4 +1,4 @@
-"""What the tensors of a neuron layer in a stranger's file mean: which neuron they are, its T and k, and how to read them.
+"""What the tensors of a neuron layer in a stranger's file mean: which neuron they are, its T and k, how to read them.
 
 Legend of shapes: T time-steps, k order of a sliding PSN, C channels; a digit stands for itself, "" for a scalar.
 

@@ -1,7 +1,7 @@
 """Files of weights, also strangers': tensors by name, what lies beside them, and no pickled code executed.
 
-The one class that a torch file may hold beside tensors and plain values is argparse.Namespace, in which training scripts
-keep their options.
+The one class that a torch file may hold beside tensors and plain values is argparse.Namespace, in which training
+scripts keep their options.
 """
 
 import argparse
@@ -23,19 +23,8 @@ PREFIXES = ("module.", "_orig_mod.")
 # what stands beside the weights in a checkpoint and is of no use to a network; some of it holds tensors
 COMPANIONS = (
     *("optimizer*", "optim", "lr_scheduler*", "scheduler*", "scaler*", "grad_scaler*", "amp", "rng*", "*_rng_state"),
-    *(
-        "epoch",
-        "step",
-        "iteration",
-        "args",
-        "arch",
-        "best_acc*",
-        "best_epoch",
-        "max_test_acc*",
-        "test_acc*",
-        "train_acc*",
-        "*loss",
-    ),
+    *("epoch", "step", "iteration", "args", "arch", "best_acc*", "best_epoch", "*loss"),
+    *("max_test_acc*", "test_acc*", "train_acc*"),
 )
 
 

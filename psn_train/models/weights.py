@@ -1,8 +1,8 @@
 """Weights of another network into one of this project, with an account of every tensor.
 
-A SEW-ResNet has torchvision's and timm's ResNet names, so for an ANN the map is the identity; neurons and `pe` keep their
-own initialisation. For spiking networks of others `layouts` has the map. Nothing is loaded unless every tensor is accounted
-for. Files are read without executing pickled code.
+A SEW-ResNet has torchvision's and timm's ResNet names, so for an ANN the map is the identity; neurons and `pe` keep
+their own initialisation. For spiking networks of others `layouts` has the map. Nothing is loaded unless every tensor is
+accounted for. Files are read without executing pickled code.
 """
 
 import fnmatch
@@ -14,7 +14,7 @@ from pathlib import Path
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from psn_train.models.layouts import Layout, recognise
+from psn_train.models.layouts import Layout, NotSpiking, recognise
 from psn_train.models.network import SpikingNetwork
 from psn_train.models.neuron_layouts import Entry
 from psn_train.models.weight_files import read_weight_file
@@ -104,11 +104,13 @@ def load_ann(model: nn.Module, source: str | Path, allow: Iterable[str] = ()) ->
     # what has other names than the model may be a spiking network of others
     if isinstance(model, SpikingNetwork) and not tensors.keys() <= model.state_dict().keys():
         try:
-            layout = recognise(tensors, neuron=model.neuron, ours=True)
-        except ValueError:
-            # no layout of others; what does not fit is reported by name below
+            layout = recognise(tensors, neuron=model.neuron, k=model.k, ours=True, ann=True)
+        except NotSpiking:
+            # what does not fit is reported by name below
             layout = None
-    if layout is None:
+        except ValueError as error:
+            raise ValueError(f"load_ann: {source} does not fit {type(model).__name__}: {error}") from error
+    if layout is None or layout.is_ann:
         return load_tensors(model, tensors, str(source), allow)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     named = {name: layout.entries.get(name, Entry(name)) for name in tensors if name not in layout.given}
@@ -228,8 +230,8 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str, a
     if wrong:
         raise ValueError(
             f"load_ann: {source} does not fit {type(model).__name__}; nothing was loaded. {len(account.matched)} "
-            f"tensors match, these do not:\n  {_shown(wrong)}\nTake weights of the same depth and stem, or name what may "
-            "differ in `allow`"
+            f"tensors match, these do not:\n  {_shown(wrong)}\nTake weights of the same depth and stem, or name "
+            "what may differ in `allow`"
         )
     model.load_state_dict({**own, **loaded})
     return account
