@@ -183,7 +183,7 @@ def _assume_spikingjelly(layout: Layout, arguments: dict[str, object]) -> None:
         arguments.update(SPIKINGJELLY_RESET)
         layout.notes.append(
             "THE FILE DOES NOT HOLD WHAT ITS NEURONS WERE BUILT WITH: SpikingJelly's defaults are taken (threshold 1, "
-            "hard reset to 0, tau 2, decay_input, Sigmoid(4)); say others as --arg v_reset=None and so on"
+            "hard reset to 0, tau 2, decay_input, Sigmoid(4)); say others as --arg v_reset=null and so on"
         )
     elif layout.neuron == "glif":
         arguments.update(surrogate="sigmoid", alpha=4.0)

@@ -298,7 +298,7 @@ def _read_masks(
             layout.given[f"{theirs}.{name}"] = f"says k = {order}"
         for suffix in layer:
             if suffix.rpartition(".")[2] in ("mask0", "mask1"):
-                layout.given.setdefault(f"{theirs}.{suffix}", "a mask of ones, made anew")
+                layout.given.setdefault(f"{theirs}.{suffix}", "a mask of ones, which says nothing")
     if len(said) > 1:
         told = "; ".join(f"k={order} in {_few(names)}" for order, names in said.items())
         raise ValueError(f"its neuron layers disagree: {told}; a network has one k")
