@@ -232,11 +232,14 @@ def wake(net: nn.Module, x: Tensor, neurons: type | tuple[type, ...], seed: int 
                     fill(tensor, 0.1, 0.9)
                 elif key.endswith("bias"):
                     fill(tensor, -0.8, -0.1)
-                elif key.endswith("threshold"):
+                elif key in ("w", "k"):
+                    fill(tensor, 0.5, 1.5)
+                elif key == "threshold":
                     sign = 1.0 if getattr(module, "form", "") == "conv" else -1.0
                     fill(tensor, *sorted((0.1 * sign, 0.8 * sign)))
-            if list(module.named_parameters()) or neurons:
-                hooks.append(module.register_forward_hook(_keep_rate(rates, name)))
+                else:
+                    fill(tensor, -0.6, 0.4)
+            hooks.append(module.register_forward_hook(_keep_rate(rates, name)))
     with torch.no_grad():
         net.train()(x)
         reset_states(net)
