@@ -98,6 +98,7 @@ def test_every_way_of_wrapping(convert, tmp_path):
         assert_same_logits(model.float(), net.float(), x)
 
 
+@pytest.mark.filterwarnings("ignore:.*lambda < 1")
 @pytest.mark.parametrize(("T", "blend"), [(4, 1.0), (6, 0.25), (4, 0.0)])
 def test_masked_psn_takes_its_order_from_the_mask_and_lambda_from_the_user(convert, tmp_path, T, blend):
     x = foreign.photographs(3, 32)

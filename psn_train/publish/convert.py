@@ -231,6 +231,7 @@ def _to_spikingjelly(
     else:
         model, _, before = _build(source, said, ignore, arguments, ours=True)
     tensors, account = spikingjelly_state(model, str(source))
+    how_to_build = account.notes[0]
     if before is not None:
         account.notes[:0] = before.notes
         account.left |= before.left
@@ -240,7 +241,7 @@ def _to_spikingjelly(
         if out.suffix == ".safetensors":
             from safetensors.torch import save_file
 
-            save_file(tensors, aside, metadata={"format": "pt", "psn_train": account.notes[-1]})
+            save_file(tensors, aside, metadata={"format": "pt", "psn_train": how_to_build})
         else:
             torch.save(tensors, aside)
         os.replace(aside, out)
