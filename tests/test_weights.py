@@ -162,9 +162,9 @@ def test_bad_files_are_refused_and_code_in_them_is_not_run(tmp_path):
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(ValueError, match="holds no tensors by name"):
         read_source(tmp_path / "empty.pth")
+    # the options of a training script are the one class that is read
     torch.save({"model": {"a": torch.zeros(1)}, "args": argparse.Namespace(lr=1)}, tmp_path / "args.pth")
-    with pytest.raises(ValueError, match="code in it is not executed"):
-        read_source(tmp_path / "args.pth")
+    assert list(read_source(tmp_path / "args.pth")) == ["a"]
 
     class Bomb:
         def __reduce__(self):

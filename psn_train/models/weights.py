@@ -1,68 +1,96 @@
-"""Weights of an ordinary network as the start of a spiking one, with an account of every tensor.
+"""Weights of another network into one of this project, with an account of every tensor.
 
-A SEW-ResNet has torchvision's and timm's ResNet names, so the map is the identity; neurons and `pe` keep their own
-initialisation. Nothing is loaded unless every tensor is accounted for. Files are read without executing pickled code.
+A SEW-ResNet has torchvision's and timm's ResNet names, so for an ANN the map is the identity; neurons and `pe` keep
+their own initialisation. For spiking networks of others `layouts` has the map. Nothing is loaded unless every tensor is
+accounted for. Files are read without executing pickled code.
 """
 
 import fnmatch
-import pickle
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from psn_train.models.layouts import Layout, NotSpiking, recognise
+from psn_train.models.network import SpikingNetwork
+from psn_train.models.neuron_layouts import Entry
+from psn_train.models.weight_files import read_weight_file
 from psn_train.neurons import spiking_neurons
-
-# where training code keeps the weights inside a checkpoint, and what wrappers put before the names
-WRAPPERS = ("state_dict", "model", "net", "model_ema")
-PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclass
 class Account:
-    """What became of every tensor of a source and of a model. Names -> why, except `matched`."""
+    """What became of every tensor of a source and of a model. Names -> why, except where said."""
 
     source: str
     matched: list[str] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)  # in both under another name: theirs -> ours
     adapted: dict[str, str] = field(default_factory=dict)  # in both, changed on the way or replaced for the new shape
     left: dict[str, str] = field(default_factory=dict)  # in the source, not used
     missing: dict[str, str] = field(default_factory=dict)  # in the model, not in the source
+    notes: list[str] = field(default_factory=list)  # what a reader has to know
+
+    def counts(self) -> dict[str, int]:
+        """How many tensors each fate had; a renamed one that was changed, too, counts as adapted."""
+        counts = {name: len(getattr(self, name)) for name in ("matched", "renamed", "adapted", "left", "missing")}
+        counts["renamed"] -= len(self.renamed.keys() & self.adapted.keys())
+        return counts
 
     def __str__(self) -> str:
-        counts = {name: len(getattr(self, name)) for name in ("matched", "adapted", "left", "missing")}
+        counts = {name: count for name, count in self.counts().items() if count or name != "renamed"}
         lines = [f"weights from {self.source}: " + ", ".join(f"{count} {name}" for name, count in counts.items())]
+        for note in self.notes:
+            lines += textwrap.wrap(note, 118, initial_indent="  note     ", subsequent_indent=" " * 11)
         groups = {("matched", ""): self.matched}
+        groups["renamed", ""] = [name for name in self.renamed if name not in self.adapted]
         for state in ("adapted", "left", "missing"):
             for name, why in getattr(self, state).items():
                 groups.setdefault((state, why), []).append(name)
         for (state, why), names in groups.items():
             if names:
                 title = f"  {state:8} {len(names):4}  " + (f"({why}) " if why else "")
-                lines += textwrap.wrap(
-                    " ".join(_by_module(names)), 118, initial_indent=title, subsequent_indent=" " * 17
+                # a list of modules is wrapped between them, never inside a pair of old and new name
+                modules = [word.replace(" ", "\0") for word in _by_module(names, self.renamed)]
+                text = textwrap.wrap(
+                    " ".join(modules),
+                    118,
+                    initial_indent=title,
+                    subsequent_indent=" " * 17,
+                    break_long_words=False,
+                    break_on_hyphens=False,
                 )
+                lines += [line.replace("\0", " ") for line in text]
         return "\n".join(lines)
 
 
-def _by_module(names: Iterable[str]) -> list[str]:
-    """bn1.weight, bn1.bias -> bn1.{weight,bias}."""
-    modules: dict[str, list[str]] = {}
+def _by_module(names: Iterable[str], renamed: Mapping[str, str]) -> list[str]:
+    """bn1.weight, bn1.bias -> bn1.{weight,bias}; where they have other names in the model, theirs -> ours."""
+    modules: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for name in names:
         module, _, tensor = name.rpartition(".")
-        modules.setdefault(module, []).append(tensor)
+        target, _, our_tensor = renamed.get(name, name).rpartition(".")
+        modules.setdefault((module, target), []).append((tensor, our_tensor))
     out = []
-    for module, tensors in modules.items():
-        text = tensors[0] if len(tensors) == 1 else "{" + ",".join(tensors) + "}"
-        out.append(f"{module}.{text}" if module else text)
+    for (module, target), tensors in modules.items():
+        text = _braced(module, [theirs for theirs, _ in tensors])
+        if any(theirs != ours for theirs, ours in tensors):
+            text += " -> " + _braced(target, [ours for _, ours in tensors])
+        elif module != target:
+            text += f" -> {target}"
+        out.append(text)
     return out
 
 
+def _braced(module: str, tensors: list[str]) -> str:
+    text = tensors[0] if len(tensors) == 1 else "{" + ",".join(tensors) + "}"
+    return f"{module}.{text}" if module else text
+
+
 def load_ann(model: nn.Module, source: str | Path, allow: Iterable[str] = ()) -> Account:
-    """Load the weights of an ANN of the same architecture into a spiking network, in place.
+    """Load the weights of an ANN of the same architecture, or of the same spiking network, in place.
 
     source: "timm:resnet18.tv_in1k", "torchvision:resnet18" (its IMAGENET1K_V1 weights, the paper's; another set as
     "torchvision:resnet50.IMAGENET1K_V2"), or a file (.safetensors, or what torch.load reads).
@@ -71,7 +99,85 @@ def load_ann(model: nn.Module, source: str | Path, allow: Iterable[str] = ()) ->
     The first convolution is adapted to the model's input channels; a classifier of another class count is not loaded.
     Returns the account; print it. ValueError, with nothing loaded, if anything else does not fit.
     """
-    return load_tensors(model, read_source(source), str(source), allow)
+    tensors = read_source(source)
+    layout = None
+    # what has other names than the model may be a spiking network of others
+    if isinstance(model, SpikingNetwork) and not tensors.keys() <= model.state_dict().keys():
+        try:
+            layout = recognise(tensors, neuron=model.neuron, k=model.k, ours=True, ann=True)
+        except NotSpiking:
+            # what does not fit is reported by name below
+            layout = None
+        except ValueError as error:
+            raise ValueError(f"load_ann: {source} does not fit {type(model).__name__}: {error}") from error
+    if layout is None or layout.is_ann:
+        return load_tensors(model, tensors, str(source), allow)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    named = {name: layout.entries.get(name, Entry(name)) for name in tensors if name not in layout.given}
+    translated = {entry.name: entry.apply(tensors[name], shapes.get(entry.name)) for name, entry in named.items()}
+    translated |= {name: value for name, (value, _) in layout.made.items()}
+    account = load_tensors(model, translated, str(source), allow)
+    account.notes += [f"read as {layout.whose}; by their names here", *layout.notes]
+    account.left |= layout.given
+    return account
+
+
+def load_layout(
+    model: nn.Module, layout: Layout, tensors: Mapping[str, Tensor], source: str, ignore: Iterable[str] = ()
+) -> Account:
+    """Load a network whose layout is known, in place: every tensor of both sides has to find its place.
+
+    tensors: by their own names. ignore: patterns (fnmatch) of those that are not to be used.
+    Returns the account. ValueError, with nothing loaded, if a tensor has no place or no source, or another shape.
+    """
+    ignore = tuple(ignore)
+    own = model.state_dict()
+    account, loaded, wrong = Account(source), {}, []
+    for name, theirs in tensors.items():
+        entry = layout.entries.get(name)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore):
+            account.left[name] = "ignored, as asked"
+        elif name in layout.given:
+            account.left[name] = layout.given[name]
+        elif entry is None or entry.name not in own:
+            wrong.append(f"no place for {name} {list(theirs.shape)}")
+        elif entry.name in loaded:
+            wrong.append(f"a second tensor for {entry.name}: {name} {list(theirs.shape)}")
+        else:
+            mine = own[entry.name]
+            loaded[entry.name] = value = entry.apply(theirs, mine.shape)
+            changes = [entry.why] if entry.why else []
+            if value.shape != mine.shape:
+                wrong.append(f"{name}: got shape {list(theirs.shape)}, wanted {list(mine.shape)} for {entry.name}")
+            if value.dtype != mine.dtype:
+                changes.append(f"{value.dtype} to {mine.dtype}".replace("torch.", ""))
+            if name != entry.name:
+                account.renamed[name] = entry.name
+            if changes:
+                account.adapted[name] = ", ".join(changes)
+            elif name == entry.name:
+                account.matched.append(name)
+    for name, mine in own.items():
+        if name in loaded:
+            continue
+        if name in layout.made:
+            loaded[name], account.missing[name] = layout.made[name]
+        elif name.endswith("num_batches_tracked"):
+            account.missing[name] = "counter, starts at 0"
+        else:
+            wrong.append(f"nothing for {name} {list(mine.shape)}")
+    if wrong:
+        raise ValueError(
+            f"{source}, read as {layout.whose}, does not fit {layout.model_name}; nothing was loaded. "
+            f"{len(account.matched) + len(account.renamed)} tensors match, these do not:\n  {_shown(wrong)}\n"
+            "Name tensors that are not to be used with --ignore PATTERN"
+        )
+    model.load_state_dict({**own, **loaded})
+    return account
+
+
+def _shown(wrong: list[str]) -> str:
+    return "\n  ".join(wrong[:12]) + (f"\n  and {len(wrong) - 12} more" if len(wrong) > 12 else "")
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str, allow: Iterable[str] = ()) -> Account:
@@ -122,11 +228,10 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str, a
         else:
             wrong.append(f"not in the model: {name} {list(tensors[name].shape)}")
     if wrong:
-        shown = "\n  ".join(wrong[:12]) + (f"\n  and {len(wrong) - 12} more" if len(wrong) > 12 else "")
         raise ValueError(
             f"load_ann: {source} does not fit {type(model).__name__}; nothing was loaded. {len(account.matched)} "
-            f"tensors match, these do not:\n  {shown}\nTake weights of the same depth and stem, or name what may "
-            "differ in `allow`"
+            f"tensors match, these do not:\n  {_shown(wrong)}\nTake weights of the same depth and stem, or name "
+            "what may differ in `allow`"
         )
     model.load_state_dict({**own, **loaded})
     return account
@@ -165,30 +270,7 @@ def _read_torchvision(name: str) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise ValueError(
-            f"load_ann: no such file: {path}; wanted a .safetensors or torch file, timm:NAME or torchvision:NAME"
-        )
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        content = load_file(path)
-    else:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"load_ann: {path} holds more than tensors and plain values, and code in it is not executed ({error}); "
-                "save its state_dict alone"
-            ) from error
-    while isinstance(content, Mapping) and any(isinstance(content.get(key), Mapping) for key in WRAPPERS):
-        content = next(content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping))
-    tensors = {}
-    for name, value in content.items() if isinstance(content, Mapping) else ():
-        if isinstance(value, Tensor):
-            for prefix in PREFIXES:
-                name = name.removeprefix(prefix)
-            tensors[name] = value
-    if not tensors:
-        raise ValueError(f"load_ann: {path} holds no tensors by name, neither at its top nor in {', '.join(WRAPPERS)}")
-    return tensors
+    try:
+        return read_weight_file(path).tensors
+    except ValueError as error:
+        raise ValueError(f"load_ann: {error}") from error

@@ -56,7 +56,8 @@ def load_timm_folder(where: str | os.PathLike) -> tuple[nn.Module, Recipe, dict]
         raise CheckpointError(f"{where}/config.json is not timm's: it has no {' and no '.join(missing)}")
     model = timm.create_model(f"local-dir:{where}", pretrained=True).eval()
     own = config.get("psn_train")
-    if own is not None:
+    # a converted folder has no recipe
+    if own is not None and "recipe" in own:
         return model, Recipe.model_validate(own["recipe"]), config
     cfg = config["pretrained_cfg"]
     channels, side, _ = cfg["input_size"]
