@@ -54,6 +54,9 @@ def impossible_combinations(recipe: Recipe) -> list[str]:
         wrong(count != channels, f"augment.{key}: {count} values for in_chans = {channels}; give one for each channel")
     wrong(augment.scale[0] > augment.scale[1], f"augment.scale: got {augment.scale}; wanted the smaller value first")
     wrong(augment.ratio[0] > augment.ratio[1], f"augment.ratio: got {augment.ratio}; wanted the smaller value first")
+    for key in ("random_erasing_area", "random_erasing_ratio"):
+        low, high = getattr(augment, key)
+        wrong(low > high, f"augment.{key}: got {[low, high]}; wanted the smaller value first")
     wrong(
         augment.eval_resize is not None and augment.eval_resize < data.image_size,
         f"augment.eval_resize: got {augment.eval_resize}, less than data.image_size = {data.image_size}",

@@ -110,6 +110,13 @@ class Augment(Section):
     """Probability that a part of an image is erased."""
     random_erasing_mode: Literal["const", "rand", "pixel"] = "const"
     """What it is erased to: the mean, one random colour, or noise."""
+    random_erasing_area: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.02, 0.3333333333333333]
+    """Share of the image that is erased, from and to; the default is timm's, torchvision's ends at 0.33."""
+    random_erasing_ratio: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)] = [
+        0.3,
+        3.3333333333333335,
+    ]
+    """Aspect ratio of the erased part, from and to; the default is timm's, torchvision's ends at 3.3."""
     mixup: NonNegative = 0.0
     """alpha of mixup; 0 turns it off."""
     cutmix: NonNegative = 0.0
