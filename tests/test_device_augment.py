@@ -53,3 +53,13 @@ def test_the_area_and_the_ratio_are_the_recipes(erased):
     assert 0.015 < share.min() < 0.05 and 0.28 < share.max() < 0.35
     assert 0.25 < ratio.min() < 0.5 and 2.0 < ratio.max() < 4.0
     assert abs(np.log(ratio).mean()) < 4 * math.log(3.3) / math.sqrt(3 * 200)
+
+
+@pytest.mark.parametrize("mode", ["const", "rand", "pixel"])
+def test_erasing_never_waits_for_the_device(small, mode):
+    # the meta device has no values: asking for one raises
+    wanted = {"random_erasing": 1.0, "random_erasing_mode": mode}
+    augment = DeviceAugment(check_recipe(small(augment=wanted)), 10, torch.device("meta"))
+    images = torch.zeros(8, 1, 16, 16, dtype=torch.uint8, device="meta")
+    found, _ = augment(images, torch.zeros(8, dtype=torch.int64, device="meta"), 0, 0)
+    assert found.shape == (8, 1, 16, 16) and found.dtype == torch.float32
