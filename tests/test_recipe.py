@@ -117,6 +117,7 @@ augment: {mean: [0.5]}
         ("schedule.min_lr=1", "more than optim.lr"),
         ("model.in_chans=1", "3 values for in_chans = 1"),
         ("augment.scale=[1.0, 0.08]", "smaller value first"),
+        ("data.resident=true", "augment.crop: got random_resized; images on the device"),
         ("augment.random_erasing_area=[0.5, 0.02]", "augment.random_erasing_area: got [0.5, 0.02]; wanted the smaller"),
         ("augment.random_erasing_ratio=[3.3, 0.3]", "augment.random_erasing_ratio: got [3.3, 0.3]; wanted the smaller"),
         ("augment.random_erasing_area=[0.02, 1.5]", "less than or equal to 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from psn_train.recipe.resident import unsupported
 from psn_train.recipe.schema import Recipe
 
 
@@ -61,6 +62,8 @@ def impossible_combinations(recipe: Recipe) -> list[str]:
         augment.eval_resize is not None and augment.eval_resize < data.image_size,
         f"augment.eval_resize: got {augment.eval_resize}, less than data.image_size = {data.image_size}",
     )
+    if data.resident:
+        problems += [f"{problem}; or set data.resident: false" for problem in unsupported(recipe)]
     mixes = augment.mixup > 0 or augment.cutmix > 0
     wrong(
         mixes and data.global_batch_size % 2 == 1,

@@ -67,6 +67,8 @@ class Data(Section):
     """How many validation samples there must be."""
     global_batch_size: Positive
     """Samples of one update, over all ranks and accumulated micro-batches."""
+    resident: bool = False
+    """Keep all images on the device and augment whole batches there; for sets that fit, such as CIFAR."""
     max_batch_per_device: Positive | None = None
     """Upper bound of the micro-batch of one device; the accumulation follows from it."""
     eval_batch_per_device: Positive | None = None

@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from psn_train.data.resident import ResidentEvalStream, ResidentImages, ResidentLoader, ResidentTrainStream
 from psn_train.data.stream import TrainStream, make_loader
 from psn_train.recipe import Recipe, make_plan
 from psn_train.training.build import build_model, check_channels_last, class_count, open_shards, same_classes
@@ -73,9 +74,14 @@ def train(recipe: Recipe) -> int:
     eval_loader = None
     if val_reader is not None:
         eval_batch = recipe.data.eval_batch_per_device or plan.micro_batch_size
-        eval_loader = make_eval_loader(
-            recipe, val_reader, batch_size=eval_batch, device=device, rank=rank, world_size=world_size
-        )
+        if recipe.data.resident:
+            images = ResidentImages(val_reader, recipe, device, evaluation=True)
+            stream = ResidentEvalStream(recipe, images, eval_batch, rank, world_size)
+            eval_loader = ResidentLoader(stream, start=0, stop=len(stream))
+        else:
+            eval_loader = make_eval_loader(
+                recipe, val_reader, batch_size=eval_batch, device=device, rank=rank, world_size=world_size
+            )
 
     def evaluate_epoch(epoch: int) -> bool:
         """True where the selected figure is the best so far."""
@@ -91,13 +97,13 @@ def train(recipe: Recipe) -> int:
         return run.note_evaluation(epoch, results, time.monotonic() - begin)
 
     final_step = min(plan.total_steps, recipe.schedule.stop_after_steps or plan.total_steps)
-    loader = make_loader(
-        TrainStream(recipe, plan, train_reader, rank),
-        start=run.step * plan.grad_accum_steps,
-        stop=final_step * plan.grad_accum_steps,
-        workers=recipe.data.workers,
-        pin_memory=device.type == "cuda",
-    )
+    part = {"start": run.step * plan.grad_accum_steps, "stop": final_step * plan.grad_accum_steps}
+    if recipe.data.resident:
+        images = ResidentImages(train_reader, recipe, device)
+        loader = ResidentLoader(ResidentTrainStream(recipe, plan, images, rank), **part)
+    else:
+        stream = TrainStream(recipe, plan, train_reader, rank)
+        loader = make_loader(stream, **part, workers=recipe.data.workers, pin_memory=device.type == "cuda")
     batches = run.waiting_for(loader)
     run.restore_rank(updater)
     stopping = False
