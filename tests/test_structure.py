@@ -36,7 +36,7 @@ FRONT = {
 # the package's __init__ registers the networks
 ROOT_IMPORTS = {"models"}
 # a recipe's mistakes are reported, and shards written, without torch; these decode into tensors
-WITH_TORCH = {"data.images", "data.stream"}
+WITH_TORCH = {"data.images", "data.stream", "data.batched_augment", "data.resident"}
 
 
 def python_files(folder: str) -> list[Path]:

@@ -115,6 +115,14 @@ def train_transform(recipe: Recipe) -> Callable[[Image.Image], np.ndarray]:
     return transforms.Compose([*steps, _to_array])
 
 
+def fit_transform(recipe: Recipe) -> Callable[[Image.Image], np.ndarray]:
+    """PIL image -> uint8 [C, H, W] of the recipe's size: what training begins with, before anything random."""
+    from torchvision import transforms
+
+    mode = transforms.InterpolationMode(recipe.augment.interpolation)
+    return transforms.Compose([_FitSquare(recipe.data.image_size, mode), _to_array])
+
+
 def eval_transform(recipe: Recipe) -> Callable[[Image.Image], np.ndarray]:
     """PIL image -> uint8 [C, H, W]: resize of the short side and centre crop; nothing random."""
     from torchvision import transforms

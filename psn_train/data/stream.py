@@ -132,9 +132,13 @@ class EvalStream(Dataset):
         batches = -(-self.num_samples // self.batch_size)
         return len(range(self.rank, batches, self.world_size))
 
-    def __getitem__(self, item: int) -> Batch:
+    def ids_of(self, item: int) -> np.ndarray:
+        """Samples of a batch, int64."""
         start = (self.rank + item * self.world_size) * self.batch_size
-        ids = self.ids[start : start + self.batch_size]
+        return self.ids[start : start + self.batch_size]
+
+    def __getitem__(self, item: int) -> Batch:
+        ids = self.ids_of(item)
         side, channels = self.recipe.data.image_size, self.recipe.model.in_chans
         images = np.zeros((len(ids), channels, side, side), dtype=np.uint8)
         targets, keys, bad = [], [], []

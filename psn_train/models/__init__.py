@@ -3,10 +3,12 @@
 from psn_train.models import conv_net, sew_resnet, weights
 from psn_train.models.conv_net import VGGSNN, CIFARNet, SequentialNet
 from psn_train.models.network import SpikingNetwork
+from psn_train.models.registration import NETWORKS
 from psn_train.models.sew_resnet import SEWResNet
 from psn_train.models.weights import load_ann
 
 __all__ = [
+    "NETWORKS",
     "VGGSNN",
     "CIFARNet",
     "SEWResNet",

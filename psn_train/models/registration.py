@@ -10,6 +10,9 @@ from torch import Tensor
 from psn_train.models.network import SpikingNetwork
 from psn_train.neurons import NEURONS, spiking_neurons
 
+# of all families
+NETWORKS: list[str] = []
+
 
 def register_family(
     module: str,
@@ -31,6 +34,7 @@ def register_family(
     # timm looks for it in the module of an entrypoint
     known = getattr(sys.modules[module], "default_cfgs", {})
     sys.modules[module].default_cfgs = {**known, **generate_default_cfgs({name: dict(cfg) for name in names})}
+    NETWORKS.extend(names)
     for name, (architecture, neuron) in names.items():
         entrypoint = _entrypoint(name, cls, {**architectures[architecture], "neuron": neuron}, feature_cfg)
         entrypoint.__module__ = module

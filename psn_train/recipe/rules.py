@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from psn_train.recipe.resident import unsupported
 from psn_train.recipe.schema import Data, Recipe
 
 MOST_HELD_OUT = 10_000
@@ -60,10 +61,15 @@ def impossible_combinations(recipe: Recipe) -> list[str]:
         wrong(count != channels, f"augment.{key}: {count} values for in_chans = {channels}; give one for each channel")
     wrong(augment.scale[0] > augment.scale[1], f"augment.scale: got {augment.scale}; wanted the smaller value first")
     wrong(augment.ratio[0] > augment.ratio[1], f"augment.ratio: got {augment.ratio}; wanted the smaller value first")
+    for key in ("random_erasing_area", "random_erasing_ratio"):
+        low, high = getattr(augment, key)
+        wrong(low > high, f"augment.{key}: got {[low, high]}; wanted the smaller value first")
     wrong(
         augment.eval_resize is not None and augment.eval_resize < data.image_size,
         f"augment.eval_resize: got {augment.eval_resize}, less than data.image_size = {data.image_size}",
     )
+    if data.resident:
+        problems += [f"{problem}; or set data.resident: false" for problem in unsupported(recipe)]
     mixes = augment.mixup > 0 or augment.cutmix > 0
     wrong(
         mixes and data.global_batch_size % 2 == 1,

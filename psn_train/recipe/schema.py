@@ -36,8 +36,8 @@ class Model(Section):
     """Time-steps."""
     k: Positive | None = None
     """Order of a masked or sliding PSN: how many steps back it looks, its own included."""
-    connect_function: Literal["ADD", "AND", "IAND"] = "ADD"
-    """How a SEW block joins its input and its spikes."""
+    connect_function: Literal["ADD", "AND", "IAND"] | None = None
+    """How a SEW block joins its input and its spikes; by default ADD. Other networks have no blocks to join."""
     surrogate: Literal["atan", "sigmoid", "triangle", "rectangle"] = "atan"
     """Derivative that stands in for the step's in the backward pass."""
     alpha: Annotated[float, Field(gt=0)] = 2.0
@@ -79,6 +79,8 @@ class Data(Section):
     optimistic, and every report says so."""
     global_batch_size: Positive
     """Samples of one update, over all ranks and accumulated micro-batches."""
+    resident: bool = False
+    """Keep all images on the device and augment whole batches there; for sets that fit, such as CIFAR."""
     max_batch_per_device: Positive | None = None
     """Upper bound of the micro-batch of one device; the accumulation follows from it."""
     eval_batch_per_device: Positive | None = None
@@ -131,6 +133,13 @@ class Augment(Section):
     """Probability that a part of an image is erased."""
     random_erasing_mode: Literal["const", "rand", "pixel"] = "const"
     """What it is erased to: the mean, one random colour, or noise."""
+    random_erasing_area: Annotated[list[Fraction], Field(min_length=2, max_length=2)] = [0.02, 0.3333333333333333]
+    """Share of the image that is erased, from and to; the default is timm's, torchvision's ends at 0.33."""
+    random_erasing_ratio: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=2, max_length=2)] = [
+        0.3,
+        3.3333333333333335,
+    ]
+    """Aspect ratio of the erased part, from and to; the default is timm's, torchvision's ends at 3.3."""
     mixup: NonNegative = 0.0
     """alpha of mixup; 0 turns it off."""
     cutmix: NonNegative = 0.0

@@ -92,15 +92,13 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     import psn_train.models
 
     section = recipe.model
-    if not timm.is_model(section.name):
-        near = difflib.get_close_matches(section.name, timm.list_models("sew_*"), n=3, cutoff=0.5)
+    known = psn_train.models.NETWORKS
+    if section.name not in known:
+        near = ", ".join(difflib.get_close_matches(section.name, known, n=3, cutoff=0.5)) or "nothing"
+        what = "is no network over time-steps" if timm.is_model(section.name) else "is not known to timm"
         raise ValueError(
-            f"model.name: timm knows no {section.name!r}; near it: {', '.join(near) or 'nothing'}. "
-            "See timm.list_models('sew_*')."
-        )
-    if timm.models.model_entrypoint(section.name).__module__.split(".")[0] != psn_train.__name__:
-        raise ValueError(
-            f"model.name: {section.name} is no network over time-steps; take one of timm.list_models('sew_*')"
+            f"model.name: {section.name!r} {what}; near it: {near}. All of them: "
+            "python -c 'from psn_train.models import NETWORKS; print(*NETWORKS)'"
         )
     arguments = dict(section.args)
     for key in ("T", "k", "connect_function", "surrogate", "alpha", "in_chans"):
@@ -110,7 +108,7 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     try:
         model = timm.create_model(section.name, num_classes=section.num_classes or num_classes, **arguments)
     except TypeError as error:
-        raise ValueError(f"model.args: {section.name} does not take them: {error}") from error
+        raise ValueError(f"model: {section.name} does not take that: {error}") from error
     if section.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from psn_train.data.reader import SampleReader
-from psn_train.data.stream import TrainStream, make_loader
 from psn_train.recipe import Recipe, make_plan
 from psn_train.training.build import build_model, check_channels_last, class_count, load_network, open_splits
-from psn_train.training.evaluate import EvaluationStopped, evaluate, make_eval_loader
+from psn_train.training.evaluate import EvaluationStopped, evaluate
+from psn_train.training.loaders import Loaders
 from psn_train.training.metrics import headline
 from psn_train.training.optim import LearningRate, build_optimizer, masked_lambda
 from psn_train.training.run import Run
@@ -71,17 +68,13 @@ def train(recipe: Recipe) -> int:
     run.resume(updater)
     run.say(headline(recipe, plan, device, run.step))
 
-    def eval_loader(reader: SampleReader, ids: np.ndarray | None = None) -> DataLoader:
-        batch_size = recipe.data.eval_batch_per_device or plan.micro_batch_size
-        return make_eval_loader(
-            recipe, reader, ids=ids, batch_size=batch_size, device=device, rank=rank, world_size=world_size
-        )
-
-    select_loader = eval_loader(splits.select, splits.select_ids) if splits.select is not None else None
+    loaders = Loaders(recipe, plan, device, rank)
+    select_loader = loaders.evaluation(splits.select, splits.select_ids) if splits.select is not None else None
 
     def evaluate_epoch(epoch: int) -> bool:
         """True where the selected figure is the best so far."""
         begin = time.monotonic()
+        run.stop.settle()
         run.average_batch_norm()
         firing = recipe.log.firing_rates
         # hooks count the spikes, and a compiled graph would not call them
@@ -94,7 +87,8 @@ def train(recipe: Recipe) -> int:
 
     def evaluate_test() -> None:
         """The test set, looked at once: under the weights of the best and of the last checkpoint."""
-        loader, figures = eval_loader(splits.test), {}
+        run.stop.settle()
+        loader, figures = loaders.evaluation(splits.test), {}
         wanted = run.results.to_test(run.checkpoints, run.step)
         # the best may be the last
         for path, weights in dict.fromkeys(filter(None, wanted.values())):
@@ -103,13 +97,7 @@ def train(recipe: Recipe) -> int:
         run.note_test({which: figures.get(chosen) for which, chosen in wanted.items()})
 
     final_step = min(plan.total_steps, recipe.schedule.stop_after_steps or plan.total_steps)
-    loader = make_loader(
-        TrainStream(recipe, plan, splits.train, rank),
-        start=run.step * plan.grad_accum_steps,
-        stop=final_step * plan.grad_accum_steps,
-        workers=recipe.data.workers,
-        pin_memory=device.type == "cuda",
-    )
+    loader = loaders.train(splits.train, run.step * plan.grad_accum_steps, final_step * plan.grad_accum_steps)
     batches = run.waiting_for(loader)
     run.restore_rank(updater)
     stopping = False

@@ -210,6 +210,11 @@ class StopSignal:
         self.pending = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True), flag
         return answer
 
+    def settle(self) -> None:
+        """Wait for what is under way: a process that is forked while gloo's threads work may hang in the fork."""
+        if self.pending is not None:
+            self.pending[0].wait()
+
     def _answer(self) -> bool:
         if self.pending is None:
             return False

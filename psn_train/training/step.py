@@ -29,7 +29,14 @@ class DeviceAugment:
         self.channels_last = recipe.precision.channels_last
         self.normalize = Normalizer(augment.mean, augment.std, device)
         self.erase = (
-            RandomErasing(augment.random_erasing, mode=augment.random_erasing_mode, max_count=1, device=str(device))
+            RandomErasing(
+                augment.random_erasing,
+                *augment.random_erasing_area,
+                *augment.random_erasing_ratio,
+                mode=augment.random_erasing_mode,
+                max_count=1,
+                device=str(device),
+            )
             if augment.random_erasing
             else None
         )
