@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from psn_train.models.blocks import join, per_image
-from psn_train.models.sew_resnet import DEPTHS, SEWResNet
+from psn_train.models.sew_resnet import ARCHITECTURES, DEPTHS, SEWResNet
 from psn_train.neurons import NEURONS, PSN, spiking_neurons
 
 SMALL = {"depth": 10, "stem": "3x3", "width": 8, "num_classes": 5, "in_chans": 2}
@@ -45,6 +45,15 @@ def test_parameter_counts_equal_the_authors_networks(depth):
     assert sum(p.numel() for p in with_pe.parameters()) == count
     assert sum(p.numel() for p in without.parameters()) == count - 4
     assert len(list(spiking_neurons(without))) == layers
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if "resnext" in name or "wide" in name])
+def test_names_and_shapes_of_wider_networks_are_torchvisions(architecture):
+    models = pytest.importorskip("torchvision").models
+    with torch.device("meta"):
+        ours = SEWResNet(neuron="lif", **ARCHITECTURES[architecture]).state_dict()
+        ann = getattr(models, architecture.removeprefix("sew_"))().state_dict()
+    assert {name: p.shape for name, p in ours.items()} == {name: p.shape for name, p in ann.items()}
 
 
 @pytest.mark.parametrize("depth", TORCHVISION)
@@ -314,9 +323,15 @@ def test_autocast_trains_with_spikes_in_the_half_type(dtype):
 # ---- parity with SpikingJelly
 
 
-@pytest.mark.parametrize("neuron", ["psn", "lif"])
-@pytest.mark.parametrize("connect", ["ADD", "AND", "IAND"])
-def test_sew_resnet18_equals_spikingjelly(neuron, connect):
+@pytest.mark.parametrize(
+    ("architecture", "neuron", "connect"),
+    [
+        *(("sew_resnet18", neuron, connect) for neuron in ("psn", "lif") for connect in ("ADD", "AND", "IAND")),
+        ("sew_resnext50_32x4d", "psn", "ADD"),
+        ("sew_wide_resnet50_2", "psn", "ADD"),
+    ],
+)
+def test_sew_resnet_equals_spikingjelly(architecture, neuron, connect):
     pytest.importorskip("spikingjelly")
     from spikingjelly.activation_based import functional, surrogate
     from spikingjelly.activation_based import neuron as sj
@@ -327,9 +342,10 @@ def test_sew_resnet18_equals_spikingjelly(neuron, connect):
         "lif": (sj.LIFNode, {"v_reset": None, "detach_reset": True, "surrogate_function": surrogate.ATan()}),
     }
     kind, kwargs = kinds[neuron]
-    theirs = sew_resnet.sew_resnet18(cnf=connect, spiking_neuron=kind, num_classes=7, **kwargs)
+    theirs = getattr(sew_resnet, architecture)(cnf=connect, spiking_neuron=kind, num_classes=7, **kwargs)
     functional.set_step_mode(theirs, "m")
-    ours = lively(SEWResNet(18, neuron, connect_function=connect, stem_pool="max", num_classes=7))
+    arguments = ARCHITECTURES[architecture]
+    ours = lively(SEWResNet(neuron=neuron, connect_function=connect, stem_pool="max", num_classes=7, **arguments))
     own = ours.state_dict()
     assert set(own) == set(theirs.state_dict())
     theirs.load_state_dict({name: own[name].view(p.shape) for name, p in theirs.state_dict().items()})

@@ -173,7 +173,14 @@ def test_no_drawers_for_odds_and_ends():
 
 # ---- the documents
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "recipes/README.md",
+    "recipes/sequential_cifar100/order_ablation.md",
+    "docs/spikingjelly.md",
+]
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -319,11 +326,16 @@ def test_parameter_counts_in_the_readme():
     import timm
     import torch
 
-    rows = re.findall(r"^\| `(sew_resnet\w+)` \| ([\d,]+) \|", read("README.md"), re.MULTILINE)
-    assert len(rows) == 6
-    for name, count in rows:
+    from psn_train.models import NETWORKS
+
+    rows = re.findall(r"^\| `(\w+)` \| ([\d,]+) \| (\d+) \|", read("README.md"), re.MULTILINE)
+    assert {name.removesuffix("_psn") for name, _, _ in rows} == {
+        name.removesuffix("_lif") for name in NETWORKS if name.endswith("_lif")
+    }
+    for name, count, steps in rows:
         with torch.device("meta"):
-            model = timm.create_model(name, T=4)
+            model = timm.create_model(name)
+        assert int(steps) == model.T
         assert f"{sum(parameter.numel() for parameter in model.parameters()):,}" == count
 
 

@@ -98,7 +98,8 @@ def draw(recipe: Recipe, epochs: np.ndarray, ids: np.ndarray) -> Draws:
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """An array of the host on its way to the device. Nobody waits for it."""
-    tensor = torch.from_numpy(array)
+    # a copy: orders are kept read-only
+    tensor = torch.tensor(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

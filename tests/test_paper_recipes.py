@@ -1,0 +1,160 @@
+"""The recipes of the paper's rows: the facts' values, networks of the right size, a few steps of each on digits."""
+
+import re
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import psn_train.models  # noqa: F401 (registers)
+from psn_train.recipe import load_recipe, make_plan, packaged_recipes, recipe_path
+from psn_train.training.loop import train
+from psn_train.training.optim import masked_lambda
+
+SEQUENTIAL = [name for name in packaged_recipes() if name.startswith("sequential_") and ".short_" not in name]
+PAPER = [*SEQUENTIAL, "cifar10/cifar_net_psn.t4_cifar10"]
+# best and last of the authors' logs
+FIGURES = {
+    ("psn", 10): (88.45, 88.23),
+    ("psn", 100): (62.21, 61.77),
+    ("masked_psn", 10): (85.81, 85.45),
+    ("masked_psn", 100): (60.69, 60.48),
+    ("sliding_psn", 10): (86.70, 86.06),
+    ("sliding_psn", 100): (62.11, 61.71),
+    ("glif", 10): (83.66, 83.16),
+    ("glif", 100): (58.92, 58.59),
+    ("klif", 10): (83.26, 83.03),
+    ("klif", 100): (57.37, 56.73),
+    ("plif", 10): (83.49, 83.14),
+    ("plif", 100): (57.55, 57.25),
+    ("lif", 10): (81.50, 81.20),
+    ("lif", 100): (55.45, 55.02),
+    ("lif_no_reset", 10): (79.50, 79.06),
+    ("lif_no_reset", 100): (53.33, 53.20),
+}
+
+
+def neuron_of(name: str) -> tuple[str, int]:
+    """(neuron, classes) of `sequential_cifar10/sequential_net_psn.t32_scifar10`."""
+    match = re.fullmatch(r"sequential_cifar(\d+)/sequential_net_(\w+)\.[tk]32_scifar\1", name)
+    return match[2], int(match[1])
+
+
+def build(recipe, **changes):
+    model = recipe.model
+    arguments = {key: getattr(model, key) for key in ("T", "k", "surrogate", "alpha", "in_chans")}
+    return timm.create_model(model.name, **arguments, **model.args, **changes)
+
+
+def test_there_is_one_recipe_for_every_row():
+    assert {neuron_of(name) for name in SEQUENTIAL} == set(FIGURES)
+
+
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_the_header_and_the_table_state_the_authors_figures(name):
+    best, last = FIGURES[neuron_of(name)]
+    header = " ".join(line[2:] for line in recipe_path(name).read_text().splitlines() if line.startswith("# "))
+    assert f"best test accuracy {best:.2f} % at epoch" in header and f"last {last:.2f} %" in header
+    assert "data.select_on=test" in header or "the deviations listed there hold here too" in header
+    (row,) = re.findall(rf"^\| `{name}` \|.*$", (ROOT / "recipes" / "README.md").read_text(), re.MULTILINE)
+    assert f"| 256 | {best:.2f} | {last:.2f} |" in row
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_values_are_those_of_the_papers_runs(name):
+    recipe = load_recipe(recipe_path(name))
+    augment, optim, schedule = recipe.augment, recipe.optim, recipe.schedule
+    assert (augment.crop, augment.hflip, augment.auto_augment, augment.interpolation) == (
+        "none",
+        0.5,
+        "trivial",
+        "bilinear",
+    )
+    assert (augment.random_erasing, augment.random_erasing_mode) == (0.1, "const")
+    # torchvision's defaults
+    assert (augment.random_erasing_area, augment.random_erasing_ratio) == ([0.02, 0.33], [0.3, 3.3])
+    assert (augment.mixup, augment.cutmix, augment.mix_prob, augment.mix_switch_prob) == (0.2, 1.0, 1.0, 0.5)
+    assert (augment.color_jitter, augment.vflip) == (0.0, 0.0)
+    cifar100 = name.startswith("sequential_cifar100")
+    assert augment.mean == ([0.50708, 0.48655, 0.44092] if cifar100 else [0.4914, 0.4822, 0.4465])
+    assert augment.std == ([0.26733, 0.25644, 0.27615] if cifar100 else [0.2023, 0.1994, 0.2010])
+    assert (recipe.loss.name, recipe.loss.label_smoothing, recipe.loss.mse_weight) == ("mean_logits", 0.1, 0.0)
+    rate = ("adamw", 0.001) if "sliding" in name else ("sgd", 0.1)
+    assert (optim.name, optim.lr) == rate and (optim.momentum, optim.nesterov) == (0.9, False)
+    assert optim.weight_decay == 0 and optim.norm_weight_decay is None and optim.neuron_weight_decay is None
+    epochs = 1024 if "cifar_net" in name else 256
+    assert (schedule.name, schedule.by, schedule.epochs, schedule.min_lr) == ("cosine", "epoch", epochs, 0.0)
+    assert schedule.warmup_epochs == 0 and recipe.precision.dtype == "fp16"
+    assert recipe.data.global_batch_size == 128 and recipe.data.selected_on == "held out"
+    # as the authors did it
+    theirs = load_recipe(recipe_path(name), ["data.select_on=test"])
+    assert make_plan(theirs, world_size=1, train_samples=50_000).train_samples == 50_000
+
+
+@pytest.mark.parametrize("name", SEQUENTIAL)
+def test_neurons_are_those_of_the_papers_runs(name):
+    recipe, (neuron, classes) = load_recipe(recipe_path(name)), neuron_of(name)
+    with torch.device("meta"):
+        model = build(recipe, num_classes=classes)
+    assert (model.T, model.neuron) == (32, neuron)
+    layer = model.first_neuron
+    own = {
+        "psn": {"T": 32, "init": "uniform"},
+        "masked_psn": {"T": 32, "k": 32, "init": "uniform"},
+        "sliding_psn": {"k": 32, "init": "uniform"},
+        "lif": {"tau": 2.0, "v_reset": None, "detach_reset": True, "v_threshold": 1.0},
+        "lif_no_reset": {"tau": 2.0, "v_threshold": 1.0},
+        "plif": {"init_tau": 2.0, "v_reset": None, "detach_reset": True, "v_threshold": 1.0},
+        "klif": {"tau": 2.0, "v_reset": None, "detach_reset": False, "v_threshold": 1.0},
+        "glif": {"T": 32, "channels": 128},
+    }[neuron]
+    assert {key: getattr(layer, key) for key in own} == own
+    assert (layer.surrogate, layer.alpha) == (("rectangle", 1.0) if neuron == "glif" else ("atan", 2.0))
+
+
+def test_lambda_closes_at_epoch_32():
+    recipe = load_recipe(recipe_path("sequential_net_masked_psn.k32_scifar100"))
+    plan = make_plan(recipe, world_size=1, train_samples=50_000)
+    values = [masked_lambda(recipe, plan, epoch) for epoch in range(256)]
+    assert values[0] == 0 and values[31] == pytest.approx(0.9725, abs=1e-4) and values[32:] == [1.0] * 224
+
+
+def test_the_order_ablation_is_one_parent_with_overrides():
+    for k in (1, 7, 32):
+        for neuron in ("masked_psn", "sliding_psn"):
+            name = f"sequential_net_{neuron}.k{k}_scifar100"
+            path = recipe_path(f"sequential_net_{neuron}.k32_scifar100")
+            recipe = load_recipe(path, [f"model.k={k}", f"name={name}"])
+            assert recipe.model.k == k and recipe.name == name
+    text = (ROOT / "recipes" / "sequential_cifar100" / "order_ablation.md").read_text()
+    assert [int(k) for k in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)] == list(range(1, 33))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*PAPER, "sequential_cifar10/sequential_net_psn.short_scifar10"])
+def test_every_recipe_trains(name, digit_shards, tmp_path):
+    """Digits in the place of CIFAR, a narrow network, two updates, then the test set once."""
+    recipe = load_recipe(
+        recipe_path(name),
+        [
+            f"data.train={digit_shards}/train",
+            f"data.test={digit_shards}/val",
+            "data.train_samples=null",
+            "data.test_samples=null",
+            "data.global_batch_size=68",
+            "data.hold_out=14",
+            "data.workers=0",
+            "schedule.epochs=1",
+            "precision.dtype=fp32",
+            "model.args.width=8",
+            "model.args.hidden=16",
+            "log.trackers=[]",
+            f"run_dir={tmp_path}",
+        ],
+    )
+    assert train(recipe) == 0
+    last = load_file(next((tmp_path / "checkpoints").glob("step_00000002/model.safetensors")))
+    assert all(torch.isfinite(value).all() for value in last.values() if value.is_floating_point())
+    assert (tmp_path / "results.json").exists()
