@@ -151,7 +151,7 @@ def test_cifar_networks(convert, tmp_path, dims, neuron):
     assert config["architecture"] == f"{'cifar_net' if dims == 2 else 'sequential_net'}_{names[neuron]}"
     assert model.T == T and config["pretrained_cfg"]["input_size"] == [3, 32, 32]
     assert config["pretrained_cfg"]["crop_pct"] == 1.0
-    mean = [0.4914, 0.4822, 0.4465] if dims == 2 else [0.50707, 0.48655, 0.44092]
+    mean = [0.4914, 0.4822, 0.4465] if dims == 2 else [0.50708, 0.48655, 0.44092]
     assert config["pretrained_cfg"]["mean"] == mean
     assert_same_logits(model, net, x)
 
@@ -179,6 +179,9 @@ def test_both_forms_of_sliding_psn_give_the_same_network(convert, tmp_path):
         assert_same_logits(model, net, frames)
         logits.append(model(frames.double()))
     torch.testing.assert_close(*logits, atol=0, rtol=0)
+    # neither the tensors of a sliding PSN nor such a file say T; the network's own is taken, and said
+    model, _, account = convert(tmp_path / "gemm.pth")
+    assert model.T == 10 and "T=10, because neither its tensors nor --T say" in " ".join(account.split())
 
 
 def test_sliding_psn_of_the_conv_form_in_a_sew_resnet(convert, tmp_path):

@@ -6,6 +6,8 @@ by batch norm and neuron; every stage ends in an average pool of 2; every time-s
 Source: Fang et al., "Parallel Spiking Neurons", NeurIPS 2023, arXiv 2304.12760, and its authors' code.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -34,43 +36,69 @@ class Stage(nn.Sequential):
         return per_image(x_seq, self.pool)
 
 
-class ConvNet(SpikingNetwork):
-    """Stages of convolutions, then linear layers; a kind of it fixes the sizes. Names: layer1.0.conv, .bn, .sn, ...
+class Sizes(NamedTuple):
+    """What a kind of network is, and the defaults of its arguments."""
 
-    Args, beside those of `SpikingNetwork`:
-        stages: channels of each convolution, stage by stage.
+    stages: tuple[tuple[int, ...], ...]  # channels of each convolution, in multiples of width
+    dims: int  # of space
+    conv_bias: bool
+    T: int
+    in_chans: int
+    width: int
+    hidden: int
+    img_size: int
+    drop_rate: float
+
+
+class ConvNet(SpikingNetwork):
+    """Stages of convolutions, then linear layers. Names: layer1.0.conv, .bn, .sn, ..., hidden, hidden_sn, fc.
+
+    Args, beside those of `SpikingNetwork`; None is the default of the kind of network, see its `sizes`:
+        width: channels that the stages are multiples of.
+        hidden: width of a linear layer with neurons before the classifier; 0: none.
         img_size: side of the square that enters, in pixels (timm gives a pair); the first linear layer depends on it.
-        dims: of space, 1 or 2. hidden: width of a linear layer with neurons before the classifier; 0: none.
-        conv_bias: convolutions have a bias.
+        drop_rate: dropout before the classifier.
     """
+
+    sizes: Sizes
 
     def __init__(
         self,
-        stages: tuple[tuple[int, ...], ...],
-        img_size: int | tuple[int, int],
-        dims: int,
-        hidden: int,
-        conv_bias: bool,
-        in_chans: int,
-        num_classes: int,
-        **network,
+        neuron: str = "psn",
+        T: int | None = None,
+        k: int | None = None,
+        surrogate: str = "atan",
+        alpha: float = 2.0,
+        num_classes: int = 10,
+        in_chans: int | None = None,
+        width: int | None = None,
+        hidden: int | None = None,
+        img_size: int | tuple[int, int] | None = None,
+        drop_rate: float | None = None,
+        **neuron_options,
     ):
-        super().__init__(in_chans=in_chans, num_classes=num_classes, **network)
+        def given(name: str, value):
+            return getattr(self.sizes, name) if value is None else value
+
+        T, in_chans, drop_rate = given("T", T), given("in_chans", in_chans), given("drop_rate", drop_rate)
+        width, hidden, img_size = given("width", width), given("hidden", hidden), given("img_size", img_size)
+        super().__init__(neuron, T, k, surrogate, alpha, num_classes, in_chans, drop_rate, neuron_options)
+        stages, dims = self.sizes.stages, self.sizes.dims
         side, other = (img_size, img_size) if isinstance(img_size, int) else img_size
         left = side >> len(stages)
-        if side != other or left < 1 or min(map(min, stages)) < 1 or hidden < 0:
+        if side != other or left < 1 or width < 1 or hidden < 0:
             raise ValueError(
-                f"{self._where}: got img_size={img_size}, channels {stages}, hidden {hidden}; wanted a square of at "
-                f"least {2 ** len(stages)} pixels, for the {len(stages)} pools, and channels of at least 1"
+                f"{self._where}: got img_size={img_size}, width={width}, hidden={hidden}; wanted a square of at least "
+                f"{2 ** len(stages)} pixels, for the {len(stages)} pools, and at least 1 and 0"
             )
-        self.dims, self.side = dims, side
+        self.side = side
         self.stage_names = [f"layer{number}" for number in range(1, len(stages) + 1)]
         chans = in_chans
-        for name, widths in zip(self.stage_names, stages, strict=True):
+        for name, multiples in zip(self.stage_names, stages, strict=True):
             layers = []
-            for width in widths:
-                layers.append(ConvNeuron(chans, width, self.make_neuron, dims, conv_bias))
-                chans = width
+            for multiple in multiples:
+                layers.append(ConvNeuron(chans, multiple * width, self.make_neuron, dims, self.sizes.conv_bias))
+                chans = multiple * width
             self.add_module(name, Stage(layers, dims))
         self.num_features = chans
         flat = chans * left**dims
@@ -78,6 +106,15 @@ class ConvNet(SpikingNetwork):
         self.hidden_sn = self.make_neuron(hidden) if hidden else None
         self.head_hidden_size = hidden or flat
         self.reset_classifier(num_classes)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """PyTorch's own initialisation, unless a kind of network says otherwise."""
+
+    @classmethod
+    def defaults(cls) -> dict[str, object]:
+        found = super().defaults()
+        return {**found, **{name: value for name, value in cls.sizes._asdict().items() if name in found}}
 
     @property
     def first_neuron(self):
@@ -128,41 +165,9 @@ class CIFARNet(ConvNet):
 
     [N, C, 32, 32] or frames [T, N, C, 32, 32] -> [N, K]. 70,113,174 parameters with PSN and T = 4, of which the hidden
     layer has 67.1 million. PyTorch's own initialisation.
-
-    Args, beside those of `SpikingNetwork`: width of the convolutions, hidden layer, img_size (pixels), drop_rate.
     """
 
-    def __init__(
-        self,
-        neuron: str = "psn",
-        T: int = 4,
-        k: int | None = None,
-        surrogate: str = "atan",
-        alpha: float = 2.0,
-        num_classes: int = 10,
-        in_chans: int = 3,
-        width: int = 256,
-        hidden: int = 4096,
-        img_size: int | tuple[int, int] = 32,
-        drop_rate: float = 0.0,
-        **neuron_options,
-    ):
-        super().__init__(
-            ((width,) * 3,) * 2,
-            img_size,
-            2,
-            hidden,
-            False,
-            in_chans,
-            num_classes,
-            neuron=neuron,
-            T=T,
-            k=k,
-            surrogate=surrogate,
-            alpha=alpha,
-            drop_rate=drop_rate,
-            neuron_options=neuron_options,
-        )
+    sizes = Sizes(((1, 1, 1), (1, 1, 1)), 2, False, T=4, in_chans=3, width=256, hidden=4096, img_size=32, drop_rate=0.0)
 
 
 class SequentialNet(ConvNet):
@@ -170,41 +175,9 @@ class SequentialNet(ConvNet):
 
     [N, C, H, W] with W = T columns -> [N, K]; step by step a column [N, C, H]. Two stages of three convolutions, a
     hidden layer, a classifier. 520,810 parameters with PSN and T = 32. PyTorch's own initialisation.
-
-    Args, beside those of `SpikingNetwork`: width of the convolutions, hidden layer, img_size (pixels), drop_rate.
     """
 
-    def __init__(
-        self,
-        neuron: str = "psn",
-        T: int = 32,
-        k: int | None = None,
-        surrogate: str = "atan",
-        alpha: float = 2.0,
-        num_classes: int = 10,
-        in_chans: int = 3,
-        width: int = 128,
-        hidden: int = 256,
-        img_size: int | tuple[int, int] = 32,
-        drop_rate: float = 0.0,
-        **neuron_options,
-    ):
-        super().__init__(
-            ((width,) * 3,) * 2,
-            img_size,
-            1,
-            hidden,
-            False,
-            in_chans,
-            num_classes,
-            neuron=neuron,
-            T=T,
-            k=k,
-            surrogate=surrogate,
-            alpha=alpha,
-            drop_rate=drop_rate,
-            neuron_options=neuron_options,
-        )
+    sizes = Sizes(((1, 1, 1), (1, 1, 1)), 1, False, T=32, in_chans=3, width=128, hidden=256, img_size=32, drop_rate=0.0)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [W, N, F, H'], a time-step for every column."""
@@ -240,40 +213,13 @@ class VGGSNN(ConvNet):
 
     Frames [T, N, 2, 48, 48] or images [N, C, 48, 48] -> [N, K]. What the authors call PSN on this data is a sliding PSN
     of order 2 with init="exp": vgg_snn_sliding_psn, 9,271,522 parameters. Convolutions kaiming_normal (fan out).
-
-    Args, beside those of `SpikingNetwork`: width of the first convolution, img_size (pixels), drop_rate.
     """
 
-    def __init__(
-        self,
-        neuron: str = "psn",
-        T: int = 10,
-        k: int | None = None,
-        surrogate: str = "atan",
-        alpha: float = 2.0,
-        num_classes: int = 10,
-        in_chans: int = 2,
-        width: int = 64,
-        img_size: int | tuple[int, int] = 48,
-        drop_rate: float = 0.25,
-        **neuron_options,
-    ):
-        super().__init__(
-            ((width, 2 * width), (4 * width, 4 * width), (8 * width, 8 * width), (8 * width, 8 * width)),
-            img_size,
-            2,
-            0,
-            True,
-            in_chans,
-            num_classes,
-            neuron=neuron,
-            T=T,
-            k=k,
-            surrogate=surrogate,
-            alpha=alpha,
-            drop_rate=drop_rate,
-            neuron_options=neuron_options,
-        )
+    sizes = Sizes(
+        ((1, 2), (4, 4), (8, 8), (8, 8)), 2, True, T=10, in_chans=2, width=64, hidden=0, img_size=48, drop_rate=0.25
+    )
+
+    def init_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -5,7 +5,6 @@ the authors' networks for CIFAR-10, sequential CIFAR and CIFAR10-DVS. Sizes are 
 options say is compared with them and, where it differs, reported.
 """
 
-import inspect
 import math
 import re
 from collections.abc import Mapping
@@ -218,7 +217,7 @@ def _time_steps(
     if told is not None:
         layout.notes.append(f"T={told}, as its options say; its tensors do not")
         return told
-    default = inspect.signature(network.cls).parameters["T"].default
+    default = network.cls.defaults()["T"]
     if network.cls is SequentialNet:
         default = network.arguments["img_size"]
     default = max(default, k or 1)
@@ -227,11 +226,11 @@ def _time_steps(
 
 
 def _unless_default(cls: type, arguments: Mapping[str, object]) -> dict[str, object]:
-    parameters = inspect.signature(cls).parameters
+    defaults = cls.defaults()
     return {
         name: value
         for name, value in arguments.items()
-        if name in ("T", "k") or name not in parameters or parameters[name].default != value
+        if name in ("T", "k") or name not in defaults or defaults[name] != value
     }
 
 

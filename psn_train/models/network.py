@@ -4,6 +4,7 @@ Legend: T time-steps, N batch, C channels, H x W pixels, K classes, F features b
 """
 
 import contextlib
+import inspect
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,12 @@ class SpikingNetwork(nn.Module):
         self.grad_checkpointing = False
         self._t = 0
         self._neuron_arguments = {"surrogate": surrogate, "alpha": alpha, **neuron_options}
+
+    @classmethod
+    def defaults(cls) -> dict[str, object]:
+        """The value of every argument that is not given."""
+        parameters = inspect.signature(cls).parameters.values()
+        return {one.name: one.default for one in parameters if one.default is not one.empty}
 
     def make_neuron(self, channels: int) -> Neuron:
         """A layer of the network's neurons for [T, N, channels, ...]."""
