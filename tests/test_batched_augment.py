@@ -17,9 +17,9 @@ from psn_train.data.batched_augment import (
     augment_images,
     draw,
     magnitudes,
-    unsupported,
 )
 from psn_train.recipe import check_recipe
+from psn_train.recipe.resident import unsupported
 
 AFFINE = OPERATIONS[1:6]
 # whole bins and signs; both ends, the smallest step, and the middle, where a translation is exactly 16 pixels

@@ -79,7 +79,7 @@ def test_a_tiny_grid_from_end_to_end(bench, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_every_neuron_that_T_and_k_make_in_every_dtype(bench, dtype):
-    status, out, err = bench(*TINY, "--neurons", *(set(NEURONS) - {"glif"}), "--N", 8, "--k", 2, "--dtype", dtype)
+    status, out, err = bench(*TINY, "--neurons", *NEURONS, "--N", 8, "--k", 2, "--dtype", dtype)
     assert status == 0, err
     assert json.loads(out.splitlines()[-1])["dtype"] == dtype
 

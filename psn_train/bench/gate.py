@@ -48,13 +48,13 @@ def defined_spikes(neuron: Neuron, x_seq: Tensor) -> Tensor:
         T = x_seq.shape[0]
         h = [neuron.bias[t] + sum(neuron.weight[t, j] * x_seq[j] for j in range(T)) for t in range(T)]
         return law.fire(torch.stack(h), neuron.surrogate, neuron.alpha)
-    neuron.set_step_mode("s")
+    neuron.step_mode = "s"
     neuron.reset()
     try:
         return torch.stack([neuron(x) for x in x_seq])
     finally:
         neuron.reset()
-        neuron.set_step_mode("m")
+        neuron.step_mode = "m"
 
 
 def check_neuron(

@@ -26,9 +26,8 @@ from torchvision.transforms.v2.functional import equalize_image
 
 from psn_train.data.counter_random import integers, uniforms
 from psn_train.recipe import Recipe
-from psn_train.recipe.resident import unsupported
 
-__all__ = ["MAGNITUDE_BINS", "OPERATIONS", "Draws", "augment_images", "draw", "to_device", "unsupported"]
+__all__ = ["MAGNITUDE_BINS", "OPERATIONS", "Draws", "augment_images", "draw", "to_device"]
 
 # torchvision's order; the operations of one kernel stand side by side
 OPERATIONS = (

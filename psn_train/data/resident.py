@@ -9,7 +9,7 @@ what is in a batch does not depend on the block. Nothing in here waits for the d
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -43,14 +43,12 @@ class ResidentImages:
         reader: SampleReader,
         recipe: Recipe,
         device: torch.device | str,
-        on_image: Callable[[int], None] | None = None,
         *,
         evaluation: bool = False,
     ):
         """Decode with `data.workers` processes.
 
         Args:
-            on_image: called with the number of images that came since the last call.
             evaluation: images as the evaluation sees them, not as training begins with them; the two differ only
                 where a recipe sets `augment.eval_resize`.
 
@@ -73,8 +71,6 @@ class ResidentImages:
             images[here], targets[here] = batch.images, batch.targets
             self.keys += batch.keys
             self.bad.update(zip(batch.ids[batch.targets.numpy() < 0].tolist(), batch.bad, strict=True))
-            if on_image is not None:
-                on_image(len(batch.ids))
         allowed = recipe.data.max_bad_samples
         if len(self.bad) > allowed:
             text = f"{len(self.bad)} unreadable samples, data.max_bad_samples is {allowed}:\n  "

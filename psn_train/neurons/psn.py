@@ -1,4 +1,4 @@
-"""PSN, masked PSN, sliding PSN as modules: parameters, initialisation, step modes; the arithmetic is in functional.py.
+"""PSN, masked PSN, sliding PSN as modules: parameters, initialisation, step modes; the arithmetic is in functional/.
 
 Initialisation: biases -1, so the threshold is 1, and the weights by `init`:
 - "uniform", the authors' code: kaiming_uniform(a=sqrt 5), that is U(-1/sqrt T, 1/sqrt T) for a [T, T] and

@@ -61,6 +61,11 @@ def load_timm_folder(where: str | os.PathLike) -> tuple[nn.Module, Recipe, dict]
         return model, Recipe.model_validate(own["recipe"]), config
     cfg = config["pretrained_cfg"]
     channels, side, _ = cfg["input_size"]
+    if channels not in (1, 3):
+        raise CheckpointError(
+            f"{where}: {config['architecture']} takes frames of {channels} channels, and shards hold images of 1 or 3; "
+            "use it through timm.create_model in a loop of one's own"
+        )
     recipe = Recipe.model_validate(
         {
             "name": config["architecture"],

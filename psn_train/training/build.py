@@ -79,7 +79,7 @@ def same_classes(train: ShardIndex, other: ShardIndex, split: str) -> None:
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's network, on the CPU, initialised from the global generator, or from `model.init_from`.
+    """The recipe's network, on the CPU, initialised from the global generator; `model.init_from` is not read here.
 
     Args:
         num_classes: of the shards; `model.num_classes` goes before it.
