@@ -3,10 +3,12 @@
 import pytest
 import timm
 import torch
+from timm.models import save_for_hf
 from torch import nn
 
 from psn_train.models import VGGSNN, CIFARNet, SequentialNet
 from psn_train.neurons import NEURONS, spiking_neurons
+from psn_train.publish.hub import load_timm_folder
 
 SMALL = {"cifar_net": {"width": 8, "hidden": 16}, "sequential_net": {"width": 8, "hidden": 16}, "vgg_snn": {"width": 4}}
 
@@ -197,3 +199,10 @@ def test_wrong_input_is_named(make, message):
 def test_unknown_arguments_are_refused():
     with pytest.raises(TypeError, match="unexpected keyword argument 'connect_function'"):
         CIFARNet(connect_function="ADD")
+
+
+def test_a_folder_of_two_channel_frames_is_refused_in_words(tmp_path):
+    save_for_hf(small("vgg_snn", "sliding_psn"), str(tmp_path), safe_serialization=True)
+    with pytest.raises(ValueError, match="vgg_snn_sliding_psn takes frames of 2 channels, and shards hold images"):
+        load_timm_folder(tmp_path)
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).k == 2
