@@ -1,5 +1,6 @@
 """The recipes of the paper's rows: the facts' values, networks of the right size, a few steps of each on digits."""
 
+import json
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import psn_train.models  # noqa: F401 (registers)
+from psn_train.neurons import NEURONS
 from psn_train.recipe import load_recipe, make_plan, packaged_recipes, recipe_path
 from psn_train.training.loop import train
 from psn_train.training.optim import masked_lambda
@@ -158,3 +160,21 @@ def test_every_recipe_trains(name, digit_shards, tmp_path):
     last = load_file(next((tmp_path / "checkpoints").glob("step_00000002/model.safetensors")))
     assert all(torch.isfinite(value).all() for value in last.values() if value.is_floating_point())
     assert (tmp_path / "results.json").exists()
+
+
+def test_the_table_of_short_runs_is_that_of_their_log():
+    log = json.loads((ROOT / "recipes" / "results" / "short_scifar10.json").read_text())
+    readme = (ROOT / "recipes" / "README.md").read_text()
+    names = {"GLIF": "glif", "PSN": "psn", "KLIF": "klif", "PLIF": "plif", "LIF": "lif", "IF": "if"}
+    names |= {"LIF without reset": "lif_no_reset", "masked PSN": "masked_psn", "sliding PSN": "sliding_psn"}
+    seen = set()
+    for row in re.findall(
+        r"^\| ([A-Za-z ]+?) \| (\d\d\.\d\d) \| ([\d.]*) ?\| ([\d.]*) ?\| (\d\d\.\d\d) \|", readme, re.M
+    ):
+        runs = {run["seed"]: run for run in log["runs"] if run["neuron"] == names[row[0]]}
+        figures = {seed: f"{run['test']['last']['top1']:.2f}" for seed, run in runs.items()}
+        assert list(row[1:4]) == [figures.get(seed, "") for seed in (1, 2, 3)]
+        assert all(run["test"]["best"] == run["test"]["last"] for run in runs.values())
+        assert float(row[4]) == pytest.approx(sum(map(float, figures.values())) / len(figures), abs=0.006)
+        seen.add(names[row[0]])
+    assert seen == set(NEURONS) and log["commit"] in readme
