@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pickle
 import re
 from functools import partial
@@ -290,3 +291,31 @@ def test_only_an_earlier_conversion_is_replaced(state, tmp_path, capsys, monkeyp
         convert(out, tmp_path / "sj.pth", to="spikingjelly")
     with pytest.raises(ValueError, match="--T, --ignore: a folder of psn_train says all that itself"):
         convert(out, tmp_path / "new.pth", to="spikingjelly", T=4, ignore=["x"])
+
+
+def test_a_failed_or_cut_off_rename_loses_nothing(state, tmp_path, monkeypatch, capsys):
+    torch.save(state, tmp_path / "x.pth")
+    out, old = tmp_path / "out", tmp_path / ".out.old"
+    convert(tmp_path / "x.pth", out)
+    (out / "mark").write_text("the first")
+    rename = os.replace
+
+    def fail(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError("device is busy")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        assert main(["convert", str(tmp_path / "x.pth"), str(out)]) == 2
+    assert "device is busy" in capsys.readouterr().err
+    assert (out / "mark").read_text() == "the first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "x.pth"]
+    # the process died between the renames: what was there comes back, even if the next conversion is refused
+    rename(out, old)
+    assert main(["convert", str(tmp_path / "x.pth"), str(out), "--T", "9"]) == 2
+    assert (out / "mark").read_text() == "the first" and not old.exists()
+    # it died after them: the left-over goes
+    convert(tmp_path / "x.pth", old)
+    convert(tmp_path / "x.pth", out)
+    assert not old.exists() and not (out / "mark").exists() and (out / "config.json").exists()

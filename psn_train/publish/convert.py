@@ -150,6 +150,10 @@ def _to_timm(
 ) -> Account:
     from timm.models import save_for_hf
 
+    aside, old = out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.old")
+    if old.exists() and not out.exists():
+        # a conversion was cut off between its two renames, and this is what was there
+        os.replace(old, out)
     _check_folder(out)
     model, layout, account = _build(source, said, ignore, arguments, ours=False)
     model.pretrained_cfg = {**model.pretrained_cfg, **_preprocessing(source, layout, model)}
@@ -161,19 +165,29 @@ def _to_timm(
         "notes": account.notes,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside, old = out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.old")
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
     try:
         # timm fills model_args from the arguments that create_model was given
         save_for_hf(model, str(aside), model_config={"psn_train": {"converted_from": note}}, safe_serialization=True)
-        if out.exists():
-            os.replace(out, old)
-        os.replace(aside, out)
+        _replace_folder(aside, out, old)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
     return account
+
+
+def _replace_folder(new: Path, out: Path, old: Path) -> None:
+    """Rename `new` to `out`. What was there is called `old` meanwhile, and `out` again if that fails."""
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    try:
+        os.replace(new, out)
+    except BaseException:
+        # an interrupt may come after the rename
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_folder(out: Path) -> None:
