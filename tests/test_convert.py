@@ -157,6 +157,32 @@ def test_layers_that_disagree(state, refused):
     assert "neuron layer sn1 holds fc.weight [4, 5], fc.bias [4]: no known neuron" in refused(odd)
 
 
+def test_sizes_that_no_network_has(state, refused):
+    for name, shape, axes in [
+        ("pe", (), "1 or 5"),
+        ("pe", (0,), "1 or 5"),
+        ("fc.weight", (), "2"),
+        ("conv1.weight", (0, 3, 7, 7), "4"),
+    ]:
+        error = refused({**state, name: torch.zeros(shape)})
+        assert f"{name}: found shape {list(shape)}, wanted a tensor of {axes} axes, none of them of size 0" in error
+    bottlenecks = timm.create_model("resnet50").state_dict()
+    error = refused({**bottlenecks, "layer1.0.conv2.weight": torch.zeros(1, 64, 3, 3)}, "--model", "sew_resnet50_psn")
+    assert "layer1.0.conv2.weight: 1 output channels and 64 inputs of each group; wanted a multiple" in error
+    no_steps = {
+        name: tensor[:0] if tensor.ndim == 1 else tensor[:0, :0] for name, tensor in state.items() if ".fc." in name
+    }
+    assert "holds fc.weight [0, 0], fc.bias [0]: no known neuron" in refused({**state, **no_steps})
+    vgg = foreign.AuthorsVGG(partial(foreign.SlidingPSN, 4)).state_dict()
+    flat = foreign.AuthorsCIFARNet(4, partial(foreign.FullPSN, 4), 2).state_dict()
+    for net, name in ((vgg, "features.0.fwd.module.0.weight"), (flat, "conv.0.weight")):
+        error = refused({**net, name: net[name][:0]})
+        assert f"{name}: found shape [0, " in error and "none of them of size 0" in error
+    assert "conv.0.weight: found shape [], wanted a tensor of 3 or 4 axes" in refused(
+        {**flat, "conv.0.weight": torch.zeros(())}
+    )
+
+
 def test_masks_that_disagree_or_are_none(refused):
     net = foreign.AuthorsSEWResNet(18, 4, partial(foreign.MaskedPSN, 4, 2), pe=False, width=8)
     state = net.state_dict()

@@ -75,7 +75,7 @@ class Form:
         sizes: dict[str, int] = {}
         for name, letters in self.tensors.items():
             shape = layer[name].shape
-            if len(shape) != len(letters):
+            if len(shape) != len(letters) or 0 in shape:
                 return None
             for letter, size in zip(letters, shape, strict=True):
                 if sizes.setdefault(letter, int(letter) if letter.isdigit() else size) != size:
