@@ -183,6 +183,23 @@ def test_sizes_that_no_network_has(state, refused):
     )
 
 
+def test_complex_and_not_finite_numbers(state, refused):
+    hole = state["conv1.weight"].double()
+    hole[0, 0, 0, :2] = torch.tensor([float("nan"), 1e300])  # finite in float64 and not in the network's float32
+    bad = {"bn1.weight": state["bn1.weight"] * 1j, "conv1.weight": hole, "sn1.fc.bias": torch.full((4,), -torch.inf)}
+    bad["bn1.num_batches_tracked"] = torch.tensor(0.5)
+    error = refused({**state, **bad})
+    assert "nothing was loaded" in error
+    assert "bn1.weight: its numbers are complex (torch.complex64), wanted real ones" in error
+    assert "conv1.weight: 2 of its 1176 numbers are infinite or no numbers (torch.float32)" in error
+    assert "sn1.fc.bias: 4 of its 4 numbers" in error
+    assert "bn1.num_batches_tracked: its numbers are none of torch.int64" in error
+    net = foreign.AuthorsSEWResNet(18, 4, partial(foreign.MaskedPSN, 4, 2), pe=False, width=8).state_dict()
+    for value in (1j, torch.nan):
+        error = refused({**net, "sn1.fc.mask1": net["sn1.fc.mask1"] * value})
+        assert "sn1.fc.mask1: some of its numbers are complex or not finite" in error
+
+
 def test_masks_that_disagree_or_are_none(refused):
     net = foreign.AuthorsSEWResNet(18, 4, partial(foreign.MaskedPSN, 4, 2), pe=False, width=8)
     state = net.state_dict()

@@ -116,6 +116,19 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(file, kwargs, message)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("in_chans", [3, 1])
+def test_complex_and_not_finite_numbers_are_named(ann, tmp_path, in_chans):
+    tensors = {**ann, "conv1.weight": ann["conv1.weight"] * 1j, "bn1.bias": ann["bn1.bias"] / 0}
+    torch.save(tensors, tmp_path / "x.pth")
+    model = build(in_chans=in_chans)
+    before = model.bn1.weight.clone()
+    with pytest.raises(ValueError) as error:
+        load_ann(model, tmp_path / "x.pth")
+    assert "conv1.weight: its numbers are complex (torch.complex64), wanted real ones" in str(error.value)
+    assert "bn1.bias: 64 of its 64 numbers are infinite or no numbers (torch.float32)" in str(error.value)
+    assert torch.equal(model.bn1.weight, before)
+
+
 def test_what_is_allowed_to_differ_is_named_in_the_account(ann, file):
     model = build(stem="3x3")
     account = load_ann(model, file, allow=["conv1.weight"])

@@ -286,6 +286,10 @@ def _read_masks(
     k: int | None,
     lambda_: float | None,
 ) -> None:
+    for theirs, layer in inside.items():
+        for suffix, tensor in layer.items():
+            if tensor.is_complex() or not bool(tensor.isfinite().all()):
+                raise ValueError(f"{theirs}.{suffix}: some of its numbers are complex or not finite ({tensor.dtype})")
     said: dict[int, list[str]] = {}
     for theirs, layer in inside.items():
         for order, name in _orders(layer, form):

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
@@ -128,7 +129,8 @@ def load_layout(
     """Load a network whose layout is known, in place: every tensor of both sides has to find its place.
 
     tensors: by their own names. ignore: patterns (fnmatch) of those that are not to be used.
-    Returns the account. ValueError, with nothing loaded, if a tensor has no place or no source, or another shape.
+    Returns the account. ValueError, with nothing loaded, if a tensor has no place or no source, another shape, or
+    numbers that are complex or not finite.
     """
     ignore = tuple(ignore)
     own = model.state_dict()
@@ -149,6 +151,10 @@ def load_layout(
             changes = [entry.why] if entry.why else []
             if value.shape != mine.shape:
                 wrong.append(f"{name}: got shape {list(theirs.shape)}, wanted {list(mine.shape)} for {entry.name}")
+                continue
+            if why := _unusable(value, mine):
+                wrong.append(f"{name}: {why}")
+                continue
             if value.dtype != mine.dtype:
                 changes.append(f"{value.dtype} to {mine.dtype}".replace("torch.", ""))
             if name != entry.name:
@@ -174,6 +180,20 @@ def load_layout(
         )
     model.load_state_dict({**own, **loaded})
     return account
+
+
+def _unusable(theirs: Tensor, mine: Tensor) -> str:
+    """Why the values of a tensor cannot stand in ours, whatever the shapes; empty where they can."""
+    if theirs.is_complex():
+        return f"its numbers are complex ({theirs.dtype}), wanted real ones"
+    # a float64 may be finite and its float32 not
+    held = theirs.to(mine.dtype) if mine.is_floating_point() else theirs.double()
+    bad = held.numel() - int(held.isfinite().sum())
+    if bad:
+        return f"{bad} of its {held.numel()} numbers are infinite or no numbers ({held.dtype})"
+    if not mine.is_floating_point() and not torch.equal(held.to(mine.dtype).double(), held):
+        return f"its numbers are none of {mine.dtype}"
+    return ""
 
 
 def _shown(wrong: list[str]) -> str:
@@ -227,6 +247,8 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str, a
             account.left[name] = "allowed"
         else:
             wrong.append(f"not in the model: {name} {list(tensors[name].shape)}")
+    # as they were read: adapting a complex tensor would make it real
+    wrong += [f"{name}: {why}" for name in loaded if (why := _unusable(tensors[name], own[name]))]
     if wrong:
         raise ValueError(
             f"load_ann: {source} does not fit {type(model).__name__}; nothing was loaded. {len(account.matched)} "
