@@ -106,6 +106,27 @@ def test_an_ann_needs_a_model_that_fits(refused):
     assert "not in the model: head.weight [2]" in error and "--ignore PATTERN" in error
 
 
+@pytest.mark.parametrize("classes", [7, 0, 10])
+def test_a_classifier_is_dropped_only_where_that_is_asked_for(classes, refused, tmp_path):
+    ann = timm.create_model("resnet18", num_classes=10).state_dict()
+    words = ["--model", "sew_resnet18_psn", "--arg", f"num_classes={classes}"]
+    if classes == 7:
+        error = refused(ann, *words)
+        assert "fc.weight: got shape [10, 512], wanted [7, 512]" in error and "--ignore PATTERN" in error
+    elif classes == 0:
+        assert "not in the model: fc.weight [10, 512]" in refused(ann, *words)
+    torch.save(ann, tmp_path / "x.pth")
+    arguments = {"num_classes": classes}
+    account = convert(
+        tmp_path / "x.pth", tmp_path / "out", model="sew_resnet18_psn", ignore=["fc.*"], arguments=arguments
+    )
+    assert account.left == dict.fromkeys(("fc.weight", "fc.bias"), "ignored, as asked") and not account.adapted
+    assert len(account.matched) == 120 and ("fc.bias" in account.missing) == (classes > 0)
+    net = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    # what is ignored is not used, even where it would fit
+    assert net.num_classes == classes and (classes != 10 or not torch.equal(net.fc.weight, ann["fc.weight"]))
+
+
 # ---- what does not fit
 
 

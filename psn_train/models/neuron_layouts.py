@@ -288,6 +288,8 @@ def _read_masks(
 ) -> None:
     for theirs, layer in inside.items():
         for suffix, tensor in layer.items():
+            if suffix.rpartition(".")[2] in ("weight", "bias"):
+                continue
             if tensor.is_complex() or not bool(tensor.isfinite().all()):
                 raise ValueError(f"{theirs}.{suffix}: some of its numbers are complex or not finite ({tensor.dtype})")
     said: dict[int, list[str]] = {}
