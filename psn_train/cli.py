@@ -134,7 +134,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="tensors not to be used")
     convert.add_argument("--arg", action="append", default=[], metavar="KEY=VALUE", help="argument of the network")
-    convert.add_argument("--to", choices=("timm", "spikingjelly"), default="timm", help="(default: %(default)s)")
+    convert.add_argument(
+        "--to",
+        choices=("timm", "spikingjelly"),
+        default="timm",
+        help="spikingjelly: SEW-ResNets only, of its own sizes and without pe (default: %(default)s)",
+    )
 
     shards = verbs.add_parser("shards", help="write, index and verify webdataset shards")
     kinds = shards.add_subparsers(title="verbs", required=True, metavar="VERB")

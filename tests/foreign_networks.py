@@ -39,7 +39,7 @@ class MaskedLinear(nn.Module):
 
     def __init__(self, T: int, k: int, blend: float):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.empty(T, T)), nn.Parameter(torch.empty(T))
+        self.weight, self.bias = nn.Parameter(torch.zeros(T, T)), nn.Parameter(torch.zeros(T))
         rows, columns = torch.meshgrid(torch.arange(T), torch.arange(T), indexing="ij")
         self.register_buffer("mask0", torch.ones(T, T))
         self.register_buffer("mask1", ((columns <= rows) & (rows <= columns + k - 1)).float())
@@ -64,8 +64,8 @@ class SlidingPSN(nn.Module):
     def __init__(self, T: int, k: int = 2, form: str = "gemm"):
         super().__init__()
         self.form, self.k = form, k
-        self.weight = nn.Parameter(torch.empty(k) if form == "gemm" else torch.empty(1, 1, k))
-        self.threshold = nn.Parameter(torch.empty(()))
+        self.weight = nn.Parameter(torch.zeros(k) if form == "gemm" else torch.zeros(1, 1, k))
+        self.threshold = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
         T = x.shape[0]
@@ -122,7 +122,7 @@ class AuthorsSEWResNet(nn.Module):
         super().__init__()
         self.T = T
         if pe:
-            self.pe = nn.Parameter(torch.empty(T, 1, 1, 1, 1))
+            self.pe = nn.Parameter(torch.zeros(T, 1, 1, 1, 1))
             nn.init.trunc_normal_(self.pe, std=0.5)
         blocks, bottleneck = {18: ([2, 2, 2, 2], False), 34: ([3, 4, 6, 3], False), 50: ([3, 4, 6, 3], True)}[depth]
         self.conv1, self.bn1, self.sn1 = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), neuron()

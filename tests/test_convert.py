@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pickle
 import re
 from functools import partial
@@ -105,6 +106,27 @@ def test_an_ann_needs_a_model_that_fits(refused):
     assert "not in the model: head.weight [2]" in error and "--ignore PATTERN" in error
 
 
+@pytest.mark.parametrize("classes", [7, 0, 10])
+def test_a_classifier_is_dropped_only_where_that_is_asked_for(classes, refused, tmp_path):
+    ann = timm.create_model("resnet18", num_classes=10).state_dict()
+    words = ["--model", "sew_resnet18_psn", "--arg", f"num_classes={classes}"]
+    if classes == 7:
+        error = refused(ann, *words)
+        assert "fc.weight: got shape [10, 512], wanted [7, 512]" in error and "--ignore PATTERN" in error
+    elif classes == 0:
+        assert "not in the model: fc.weight [10, 512]" in refused(ann, *words)
+    torch.save(ann, tmp_path / "x.pth")
+    arguments = {"num_classes": classes}
+    account = convert(
+        tmp_path / "x.pth", tmp_path / "out", model="sew_resnet18_psn", ignore=["fc.*"], arguments=arguments
+    )
+    assert account.left == dict.fromkeys(("fc.weight", "fc.bias"), "ignored, as asked") and not account.adapted
+    assert len(account.matched) == 120 and ("fc.bias" in account.missing) == (classes > 0)
+    net = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    # what is ignored is not used, even where it would fit
+    assert net.num_classes == classes and (classes != 10 or not torch.equal(net.fc.weight, ann["fc.weight"]))
+
+
 # ---- what does not fit
 
 
@@ -154,6 +176,49 @@ def test_layers_that_disagree(state, refused):
     assert "neuron layer layer4.1.sn2 holds fc.weight [4, 4]: no known neuron. Known are psn:" in refused(lacks)
     odd = {**state, "sn1.fc.weight": torch.zeros(4, 5)}
     assert "neuron layer sn1 holds fc.weight [4, 5], fc.bias [4]: no known neuron" in refused(odd)
+
+
+def test_sizes_that_no_network_has(state, refused):
+    for name, shape, axes in [
+        ("pe", (), "1 or 5"),
+        ("pe", (0,), "1 or 5"),
+        ("fc.weight", (), "2"),
+        ("conv1.weight", (0, 3, 7, 7), "4"),
+    ]:
+        error = refused({**state, name: torch.zeros(shape)})
+        assert f"{name}: found shape {list(shape)}, wanted a tensor of {axes} axes, none of them of size 0" in error
+    bottlenecks = timm.create_model("resnet50").state_dict()
+    error = refused({**bottlenecks, "layer1.0.conv2.weight": torch.zeros(1, 64, 3, 3)}, "--model", "sew_resnet50_psn")
+    assert "layer1.0.conv2.weight: 1 output channels and 64 inputs of each group; wanted a multiple" in error
+    no_steps = {
+        name: tensor[:0] if tensor.ndim == 1 else tensor[:0, :0] for name, tensor in state.items() if ".fc." in name
+    }
+    assert "holds fc.weight [0, 0], fc.bias [0]: no known neuron" in refused({**state, **no_steps})
+    vgg = foreign.AuthorsVGG(partial(foreign.SlidingPSN, 4)).state_dict()
+    flat = foreign.AuthorsCIFARNet(4, partial(foreign.FullPSN, 4), 2).state_dict()
+    for net, name in ((vgg, "features.0.fwd.module.0.weight"), (flat, "conv.0.weight")):
+        error = refused({**net, name: net[name][:0]})
+        assert f"{name}: found shape [0, " in error and "none of them of size 0" in error
+    assert "conv.0.weight: found shape [], wanted a tensor of 3 or 4 axes" in refused(
+        {**flat, "conv.0.weight": torch.zeros(())}
+    )
+
+
+def test_complex_and_not_finite_numbers(state, refused):
+    hole = state["conv1.weight"].double()
+    hole[0, 0, 0, :2] = torch.tensor([float("nan"), 1e300])  # finite in float64 and not in the network's float32
+    bad = {"bn1.weight": state["bn1.weight"] * 1j, "conv1.weight": hole, "sn1.fc.bias": torch.full((4,), -torch.inf)}
+    bad["bn1.num_batches_tracked"] = torch.tensor(0.5)
+    error = refused({**state, **bad})
+    assert "nothing was loaded" in error
+    assert "bn1.weight: its numbers are complex (torch.complex64), wanted real ones" in error
+    assert "conv1.weight: 2 of its 1176 numbers are infinite or no numbers (torch.float32)" in error
+    assert "sn1.fc.bias: 4 of its 4 numbers" in error
+    assert "bn1.num_batches_tracked: its numbers are none of torch.int64" in error
+    net = foreign.AuthorsSEWResNet(18, 4, partial(foreign.MaskedPSN, 4, 2), pe=False, width=8).state_dict()
+    for value in (1j, torch.nan):
+        error = refused({**net, "sn1.fc.mask1": net["sn1.fc.mask1"] * value})
+        assert "sn1.fc.mask1: some of its numbers are complex or not finite" in error
 
 
 def test_masks_that_disagree_or_are_none(refused):
@@ -290,3 +355,31 @@ def test_only_an_earlier_conversion_is_replaced(state, tmp_path, capsys, monkeyp
         convert(out, tmp_path / "sj.pth", to="spikingjelly")
     with pytest.raises(ValueError, match="--T, --ignore: a folder of psn_train says all that itself"):
         convert(out, tmp_path / "new.pth", to="spikingjelly", T=4, ignore=["x"])
+
+
+def test_a_failed_or_cut_off_rename_loses_nothing(state, tmp_path, monkeypatch, capsys):
+    torch.save(state, tmp_path / "x.pth")
+    out, old = tmp_path / "out", tmp_path / ".out.old"
+    convert(tmp_path / "x.pth", out)
+    (out / "mark").write_text("the first")
+    rename = os.replace
+
+    def fail(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError("device is busy")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        assert main(["convert", str(tmp_path / "x.pth"), str(out)]) == 2
+    assert "device is busy" in capsys.readouterr().err
+    assert (out / "mark").read_text() == "the first"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "x.pth"]
+    # the process died between the renames: what was there comes back, even if the next conversion is refused
+    rename(out, old)
+    assert main(["convert", str(tmp_path / "x.pth"), str(out), "--T", "9"]) == 2
+    assert (out / "mark").read_text() == "the first" and not old.exists()
+    # it died after them: the left-over goes
+    convert(tmp_path / "x.pth", old)
+    convert(tmp_path / "x.pth", out)
+    assert not old.exists() and not (out / "mark").exists() and (out / "config.json").exists()

@@ -6,7 +6,10 @@ so close. The weights themselves are float32, as in the files.
 """
 
 import json
+import re
+import shlex
 from functools import partial
+from pathlib import Path
 
 import foreign_networks as foreign
 import pytest
@@ -17,6 +20,7 @@ from torch import nn
 import psn_train.models  # noqa: F401 (registers the networks)
 from psn_train.cli import main
 from psn_train.models import load_ann
+from psn_train.publish import convert as convert_module
 from psn_train.publish.hub import load_any
 
 AUTHORS_NEURONS = (foreign.FullPSN, foreign.MaskedPSN, foreign.SlidingPSN)
@@ -214,3 +218,29 @@ def test_a_recipe_can_start_from_the_authors_checkpoint(tmp_path):
     assert_same_logits(model, net, x)
     with pytest.raises(ValueError, match=r"its neurons are psn .*, not sliding_psn"):
         load_ann(timm.create_model("sew_resnet18_sliding_psn", width=8, pe=True), file)
+
+
+def test_the_commands_of_the_readme_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+    readme = Path(__file__).parents[1] / "README.md"
+    commands = re.findall(r"^psn (convert .*)", readme.read_text(encoding="utf-8"), re.MULTILINE)
+    commands = [shlex.split(command, comments=True) for command in commands]
+    # what the files are, by the words beside them
+    files = {
+        "checkpoint_max_test_acc1.pth": lambda: foreign.AuthorsSEWResNet(18, 4, partial(foreign.FullPSN, 4), width=8),
+        "masked.pth": lambda: foreign.AuthorsSEWResNet(18, 4, partial(foreign.MaskedPSN, 4), width=8),
+        "vgg.pth": lambda: foreign.AuthorsVGG(partial(foreign.SlidingPSN, 10)),
+        "lif.pth": lambda: timm.create_model("resnet18", num_classes=10),  # SpikingJelly's LIFs have no tensors
+    }
+    monkeypatch.chdir(tmp_path)
+    for name, make in files.items():
+        foreign.save_as_authors(make(), Path(name))
+    # nothing is fetched: torchvision:resnet18, timm:resnet50.a1_in1k
+    monkeypatch.setattr(
+        convert_module,
+        "read_source",
+        lambda name: timm.create_model(name.partition(":")[2].partition(".")[0]).state_dict(),
+    )
+    assert len(commands) == 7 and any("spikingjelly" in command for command in commands)
+    for command in commands:
+        assert main(command) == 0, f"{command}: {capsys.readouterr().err}"
+        assert Path(command[2]).exists()

@@ -91,6 +91,26 @@ def test_checkpoints_are_unwrapped(ann, tmp_path, wrap):
     assert sorted(read_source(tmp_path / "x.pth")) == sorted(ann)
 
 
+def test_what_lies_beside_the_weights_is_accounted_for(ann, tmp_path):
+    content = {"model": ann, "epoch": 3, "optimizer": {"state": [torch.zeros(2)]}}
+    torch.save(content, tmp_path / "x.pth")
+    account = load_ann(build(), tmp_path / "x.pth")
+    beside = {"epoch": "beside the weights: no tensor", "optimizer": "beside the weights: training state, 1 tensors"}
+    assert account.left == beside and len(account.matched) == len(ann)
+    # which of two sets of weights is meant is the user's word
+    torch.save({**content, "model_ema": {"fc.bias": torch.ones(1000)}}, tmp_path / "two.pth")
+    model = build()
+    before = model.conv1.weight.clone()
+    with pytest.raises(
+        ValueError, match=r"two\.pth holds tensors beside .* no place: model_ema\.fc\.bias; nothing was"
+    ):
+        load_ann(model, tmp_path / "two.pth")
+    assert torch.equal(model.conv1.weight, before)
+    account = load_ann(model, tmp_path / "two.pth", allow=["model_ema.*"])
+    assert account.left == {**beside, "model_ema.fc.bias": "ignored, as asked"}
+    assert torch.equal(model.fc.bias, ann["fc.bias"])
+
+
 def test_older_files_without_counters_are_taken(ann, tmp_path):
     torch.save({name: t for name, t in ann.items() if "num_batches" not in name}, tmp_path / "x.pth")
     account = load_ann(build(), tmp_path / "x.pth")
@@ -114,6 +134,19 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(file, kwargs, message)
     assert message in str(error.value) and "nothing was loaded" in str(error.value)
     assert "or name what may differ in `allow`" in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("in_chans", [3, 1])
+def test_complex_and_not_finite_numbers_are_named(ann, tmp_path, in_chans):
+    tensors = {**ann, "conv1.weight": ann["conv1.weight"] * 1j, "bn1.bias": ann["bn1.bias"] / 0}
+    torch.save(tensors, tmp_path / "x.pth")
+    model = build(in_chans=in_chans)
+    before = model.bn1.weight.clone()
+    with pytest.raises(ValueError) as error:
+        load_ann(model, tmp_path / "x.pth")
+    assert "conv1.weight: its numbers are complex (torch.complex64), wanted real ones" in str(error.value)
+    assert "bn1.bias: 64 of its 64 numbers are infinite or no numbers (torch.float32)" in str(error.value)
+    assert torch.equal(model.bn1.weight, before)
 
 
 def test_what_is_allowed_to_differ_is_named_in_the_account(ann, file):

@@ -85,6 +85,8 @@ def recognise(
     """
     options = dict(options or {})
     network = _network(tensors)
+    # [T, 1, 1, 1, 1] in the authors' files, [T] in ours
+    pe = _need(tensors, "pe", 1, 5) if "pe" in tensors else None
     wanted = _wanted_neuron(network, model, neuron)
     hint = options.get("neu")
     found = read_neurons(
@@ -102,7 +104,7 @@ def recognise(
     if not has_tensors:
         _settle_without_tensors(layout, network, ann or model is not None, wanted)
     origin = found.origin
-    if "pe" in tensors and origin is None:
+    if pe is not None and origin is None:
         origin = AUTHORS
     elif origin is None:
         origin = OWN if ours else SPIKINGJELLY
@@ -120,13 +122,13 @@ def recognise(
             _assume_spikingjelly(layout, arguments)
         elif origin == OWN:
             layout.notes.append("the file does not hold stem_pool, connect_function and the like: psn_train's defaults")
-    if "pe" in tensors:
+    if pe is not None:
         arguments["pe"] = True
         layout.entries["pe"] = Entry("pe", lambda theirs, shape: theirs.reshape(shape), "time embedding to [T]")
         layout.notes.append("it has pe, so the stem runs at every step")
     elif sew and origin == AUTHORS and not layout.is_ann:
         layout.notes.append("it has no pe, so the stem runs once for an image")
-    steps = {"its neurons": found.T, "its pe": tensors["pe"].shape[0] if "pe" in tensors else None}
+    steps = {"its neurons": found.T, "its pe": None if pe is None else pe.shape[0]}
     arguments["T"] = _time_steps(layout, network, steps, T, options, found.k)
     if found.k is not None:
         arguments["k"] = found.k
@@ -254,11 +256,13 @@ def _network(tensors: Mapping[str, Tensor]) -> _Network:
     )
 
 
-def _need(tensors: Mapping[str, Tensor], name: str, ndim: int) -> Tensor:
+def _need(tensors: Mapping[str, Tensor], name: str, *ndims: int) -> Tensor:
+    """The tensor, which has one of these numbers of axes and is not empty."""
     tensor = tensors.get(name)
-    if tensor is None or tensor.ndim != ndim:
+    if tensor is None or tensor.ndim not in ndims or 0 in tensor.shape:
         found = "nothing" if tensor is None else f"shape {list(tensor.shape)}"
-        raise ValueError(f"{name}: found {found}, wanted a tensor of {ndim} axes")
+        axes = " or ".join(map(str, ndims))
+        raise ValueError(f"{name}: found {found}, wanted a tensor of {axes} axes, none of them of size 0")
     return tensor
 
 
@@ -278,12 +282,17 @@ def _resnet(tensors: Mapping[str, Tensor]) -> _Network:
     arguments: dict[str, object] = {
         "in_chans": stem.shape[1],
         "width": width,
-        "num_classes": tensors["fc.weight"].shape[0] if "fc.weight" in tensors else 0,
+        "num_classes": _need(tensors, "fc.weight", 2).shape[0] if "fc.weight" in tensors else 0,
         "stem": "3x3" if stem.shape[-1] == 3 else "7x7",
     }
     groups, base_width = 1, 64
     if bottleneck:
         inner, chans = _need(tensors, "layer1.0.conv2.weight", 4).shape[:2]
+        if inner % chans != 0:
+            raise ValueError(
+                f"layer1.0.conv2.weight: {inner} output channels and {chans} inputs of each group; wanted a multiple, "
+                "because a bottleneck's 3x3 convolution has as many inputs as outputs"
+            )
         groups = inner // chans
         base_width = inner * 64 // (width * groups)
     names = {tuple(sorted(args.items())): name for name, args in ARCHITECTURES.items()}
@@ -309,10 +318,9 @@ def _resnet(tensors: Mapping[str, Tensor]) -> _Network:
 
 
 def _cifar(tensors: Mapping[str, Tensor]) -> _Network:
-    dims = tensors["conv.0.weight"].ndim - 2
-    if dims not in (1, 2):
-        raise ValueError(f"conv.0.weight: found shape {list(tensors['conv.0.weight'].shape)}, wanted 3 or 4 axes")
-    width, in_chans = _need(tensors, "conv.0.weight", dims + 2).shape[:2]
+    first_conv = _need(tensors, "conv.0.weight", 3, 4)
+    dims = first_conv.ndim - 2
+    width, in_chans = first_conv.shape[:2]
     hidden, flat = _need(tensors, "fc.1.weight", 2).shape
     layers, modules = {"fc.2": "hidden_sn"}, {"fc.1": "hidden", "fc.3": "fc"}
     for number, first in enumerate((0, 3, 6, 10, 13, 16)):

@@ -75,7 +75,7 @@ class Form:
         sizes: dict[str, int] = {}
         for name, letters in self.tensors.items():
             shape = layer[name].shape
-            if len(shape) != len(letters):
+            if len(shape) != len(letters) or 0 in shape:
                 return None
             for letter, size in zip(letters, shape, strict=True):
                 if sizes.setdefault(letter, int(letter) if letter.isdigit() else size) != size:
@@ -286,6 +286,12 @@ def _read_masks(
     k: int | None,
     lambda_: float | None,
 ) -> None:
+    for theirs, layer in inside.items():
+        for suffix, tensor in layer.items():
+            if suffix.rpartition(".")[2] in ("weight", "bias"):
+                continue
+            if tensor.is_complex() or not bool(tensor.isfinite().all()):
+                raise ValueError(f"{theirs}.{suffix}: some of its numbers are complex or not finite ({tensor.dtype})")
     said: dict[int, list[str]] = {}
     for theirs, layer in inside.items():
         for order, name in _orders(layer, form):

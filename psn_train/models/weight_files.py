@@ -9,7 +9,7 @@ import fnmatch
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,20 @@ class WeightFile:
     args: dict[str, object] = field(default_factory=dict)  # the options in an argparse.Namespace; hearsay
     companions: dict[str, str] = field(default_factory=dict)  # beside the weights, of no use: name -> what it is
     extra: dict[str, Tensor] = field(default_factory=dict)  # other tensors beside the weights, by dotted name
+
+    def beside(self, ignore: Iterable[str]) -> dict[str, str]:
+        """What lies beside the weights -> why it is not used. ValueError if `ignore` does not name all of `extra`."""
+        unclaimed = [name for name in self.extra if not matches(name, ignore)]
+        if unclaimed:
+            shown = ", ".join(unclaimed[:4]) + (f" and {len(unclaimed) - 4} more" if len(unclaimed) > 4 else "")
+            raise ValueError(f"holds tensors beside its weights that have no place: {shown}")
+        named = {name: f"beside the weights: {what}" for name, what in self.companions.items()}
+        return named | dict.fromkeys(self.extra, "ignored, as asked")
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """True if one of the patterns (fnmatch, case counts) is that of the name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def read_weight_file(path: Path) -> WeightFile:
@@ -77,7 +91,7 @@ def _file_beside(name: str, value, companions: dict[str, str], extra: dict[str, 
     inside = dict(_tensors_in(value, name))
     if not inside:
         companions[name] = "no tensor"
-    elif any(fnmatch.fnmatchcase(name, pattern) for pattern in COMPANIONS):
+    elif matches(name, COMPANIONS):
         companions[name] = f"training state, {len(inside)} tensors"
     else:
         extra.update(inside)

@@ -5,19 +5,19 @@ their own initialisation. For spiking networks of others `layouts` has the map. 
 accounted for. Files are read without executing pickled code.
 """
 
-import fnmatch
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from psn_train.models.layouts import Layout, NotSpiking, recognise
 from psn_train.models.network import SpikingNetwork
 from psn_train.models.neuron_layouts import Entry
-from psn_train.models.weight_files import read_weight_file
+from psn_train.models.weight_files import WeightFile, matches, read_weight_file
 from psn_train.neurons import spiking_neurons
 
 
@@ -94,12 +94,27 @@ def load_ann(model: nn.Module, source: str | Path, allow: Iterable[str] = ()) ->
 
     source: "timm:resnet18.tv_in1k", "torchvision:resnet18" (its IMAGENET1K_V1 weights, the paper's; another set as
     "torchvision:resnet50.IMAGENET1K_V2"), or a file (.safetensors, or what torch.load reads).
-    allow: patterns (fnmatch) of names that may be left, missing or of another shape; such tensors are not loaded.
+    allow: patterns (fnmatch) of names that may be left, missing or of another shape; such tensors are not loaded. Also
+        of tensors that lie beside the weights, such as "model_ema.*"; training state beside them is left unasked.
 
     The first convolution is adapted to the model's input channels; a classifier of another class count is not loaded.
     Returns the account; print it. ValueError, with nothing loaded, if anything else does not fit.
     """
-    tensors = read_source(source)
+    allow = tuple(allow)
+    file = _read(source)
+    try:
+        beside = file.beside(allow)
+    except ValueError as error:
+        raise ValueError(
+            f"load_ann: {source} {error}; nothing was loaded. Name them in `allow`, or write the weights that you mean "
+            "alone to a file and take that"
+        ) from error
+    account = _load_ann(model, file.tensors, str(source), allow)
+    account.left |= beside
+    return account
+
+
+def _load_ann(model: nn.Module, tensors: Mapping[str, Tensor], source: str, allow: tuple[str, ...]) -> Account:
     layout = None
     # what has other names than the model may be a spiking network of others
     if isinstance(model, SpikingNetwork) and not tensors.keys() <= model.state_dict().keys():
@@ -111,12 +126,12 @@ def load_ann(model: nn.Module, source: str | Path, allow: Iterable[str] = ()) ->
         except ValueError as error:
             raise ValueError(f"load_ann: {source} does not fit {type(model).__name__}: {error}") from error
     if layout is None or layout.is_ann:
-        return load_tensors(model, tensors, str(source), allow)
+        return load_tensors(model, tensors, source, allow)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     named = {name: layout.entries.get(name, Entry(name)) for name in tensors if name not in layout.given}
     translated = {entry.name: entry.apply(tensors[name], shapes.get(entry.name)) for name, entry in named.items()}
     translated |= {name: value for name, (value, _) in layout.made.items()}
-    account = load_tensors(model, translated, str(source), allow)
+    account = load_tensors(model, translated, source, allow)
     account.notes += [f"read as {layout.whose}; by their names here", *layout.notes]
     account.left |= layout.given
     return account
@@ -128,14 +143,15 @@ def load_layout(
     """Load a network whose layout is known, in place: every tensor of both sides has to find its place.
 
     tensors: by their own names. ignore: patterns (fnmatch) of those that are not to be used.
-    Returns the account. ValueError, with nothing loaded, if a tensor has no place or no source, or another shape.
+    Returns the account. ValueError, with nothing loaded, if a tensor has no place or no source, another shape, or
+    numbers that are complex or not finite.
     """
     ignore = tuple(ignore)
     own = model.state_dict()
     account, loaded, wrong = Account(source), {}, []
     for name, theirs in tensors.items():
         entry = layout.entries.get(name)
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore):
+        if matches(name, ignore):
             account.left[name] = "ignored, as asked"
         elif name in layout.given:
             account.left[name] = layout.given[name]
@@ -149,6 +165,10 @@ def load_layout(
             changes = [entry.why] if entry.why else []
             if value.shape != mine.shape:
                 wrong.append(f"{name}: got shape {list(theirs.shape)}, wanted {list(mine.shape)} for {entry.name}")
+                continue
+            if why := _unusable(value, mine):
+                wrong.append(f"{name}: {why}")
+                continue
             if value.dtype != mine.dtype:
                 changes.append(f"{value.dtype} to {mine.dtype}".replace("torch.", ""))
             if name != entry.name:
@@ -176,12 +196,28 @@ def load_layout(
     return account
 
 
+def _unusable(theirs: Tensor, mine: Tensor) -> str:
+    """Why the values of a tensor cannot stand in ours, whatever the shapes; empty where they can."""
+    if theirs.is_complex():
+        return f"its numbers are complex ({theirs.dtype}), wanted real ones"
+    # a float64 may be finite and its float32 not
+    held = theirs.to(mine.dtype) if mine.is_floating_point() else theirs.double()
+    bad = held.numel() - int(held.isfinite().sum())
+    if bad:
+        return f"{bad} of its {held.numel()} numbers are infinite or no numbers ({held.dtype})"
+    if not mine.is_floating_point() and not torch.equal(held.to(mine.dtype).double(), held):
+        return f"its numbers are none of {mine.dtype}"
+    return ""
+
+
 def _shown(wrong: list[str]) -> str:
     return "\n  ".join(wrong[:12]) + (f"\n  and {len(wrong) - 12} more" if len(wrong) > 12 else "")
 
 
-def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str, allow: Iterable[str] = ()) -> Account:
-    """`load_ann` of tensors by name, already read."""
+def load_tensors(
+    model: nn.Module, tensors: Mapping[str, Tensor], source: str, allow: Iterable[str] = (), *, strict: bool = False
+) -> Account:
+    """`load_ann` of tensors by name, already read. strict: a classifier is dropped only if `allow` names it."""
     allow = tuple(allow)
     own = model.state_dict()
     cfg = getattr(model, "default_cfg", None) or {}
@@ -189,9 +225,6 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str, a
     classifier = cfg.get("classifier", "fc") + "."
     fresh = {f"{name}.{key}" if name else key for name, neuron in spiking_neurons(model) for key in neuron.state_dict()}
     account, loaded, wrong = Account(source), {}, []
-
-    def excused(name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in allow)
 
     for name, mine in own.items():
         theirs = tensors.get(name)
@@ -202,7 +235,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str, a
                 account.missing[name] = "time embedding, keeps its own initialisation"
             elif name.endswith("num_batches_tracked"):
                 account.missing[name] = "counter, starts at 0"
-            elif excused(name):
+            elif matches(name, allow):
                 account.missing[name] = "allowed"
             else:
                 wrong.append(f"missing in the source: {name} {list(mine.shape)}")
@@ -212,21 +245,23 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: str, a
         elif name == first_conv and _differs_only_in(theirs, mine, axis=1) and theirs.shape[1] == 3:
             account.adapted[name] = f"{theirs.shape[1]} input channels to {mine.shape[1]}"
             loaded[name] = adapt_input_conv(mine.shape[1], theirs)
-        elif name.startswith(classifier) and _differs_only_in(theirs, mine, axis=0):
+        elif not strict and name.startswith(classifier) and _differs_only_in(theirs, mine, axis=0):
             account.adapted[name] = f"{theirs.shape[0]} classes, the model has {mine.shape[0]}: not loaded"
-        elif excused(name):
+        elif matches(name, allow):
             account.adapted[name] = f"shape {list(theirs.shape)}, the model has {list(mine.shape)}: allowed, not loaded"
         else:
             wrong.append(f"{name}: got shape {list(theirs.shape)}, wanted {list(mine.shape)}")
     for name in tensors:
         if name in own:
             continue
-        if name.startswith(classifier) and not any(key.startswith(classifier) for key in own):
+        if not strict and name.startswith(classifier) and not any(key.startswith(classifier) for key in own):
             account.left[name] = "the model has no classifier"
-        elif excused(name):
+        elif matches(name, allow):
             account.left[name] = "allowed"
         else:
             wrong.append(f"not in the model: {name} {list(tensors[name].shape)}")
+    # as they were read: adapting a complex tensor would make it real
+    wrong += [f"{name}: {why}" for name in loaded if (why := _unusable(tensors[name], own[name]))]
     if wrong:
         raise ValueError(
             f"load_ann: {source} does not fit {type(model).__name__}; nothing was loaded. {len(account.matched)} "
@@ -243,12 +278,16 @@ def _differs_only_in(a: Tensor, b: Tensor, axis: int) -> bool:
 
 def read_source(source: str | Path) -> dict[str, Tensor]:
     """Tensors by name from "timm:...", "torchvision:..." or a file; ValueError says what is wrong with it."""
+    return _read(source).tensors
+
+
+def _read(source: str | Path) -> WeightFile:
     kind, _, name = str(source).partition(":")
     readers = {"timm": _read_timm, "torchvision": _read_torchvision}
     if kind not in readers:
         return _read_file(Path(source))
     try:
-        return readers[kind](name)
+        return WeightFile(readers[kind](name))
     except (OSError, RuntimeError, KeyError) as error:
         raise ValueError(
             f"load_ann: could not get {source}: {error}. Check the name and the network, or download the file and give "
@@ -269,8 +308,8 @@ def _read_torchvision(name: str) -> dict[str, Tensor]:
     return dict(get_model_weights(architecture)[weights or "IMAGENET1K_V1"].get_state_dict(progress=False))
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path) -> WeightFile:
     try:
-        return read_weight_file(path).tensors
+        return read_weight_file(path)
     except ValueError as error:
         raise ValueError(f"load_ann: {error}") from error

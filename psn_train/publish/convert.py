@@ -5,7 +5,6 @@ Files are read without executing what is pickled in them. Nothing is written unl
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from psn_train.models.layouts import Layout, recognise
-from psn_train.models.weight_files import WeightFile, read_weight_file
+from psn_train.models.weight_files import WeightFile, matches, read_weight_file
 from psn_train.models.weights import Account, load_layout, load_tensors, read_source
 
 TARGETS = ("timm", "spikingjelly")
@@ -90,13 +89,11 @@ def _build(
         )
     name = str(source) if named else Path(source).name
     file = WeightFile(read_source(source)) if named else read_weight_file(Path(source))
-    used = {key: tensor for key, tensor in file.tensors.items() if not _matches(key, ignore)}
-    unclaimed = [key for key in file.extra if not _matches(key, ignore)]
-    if unclaimed:
-        shown = ", ".join(unclaimed[:4]) + (f" and {len(unclaimed) - 4} more" if len(unclaimed) > 4 else "")
-        raise ValueError(
-            f"{source} holds tensors beside its weights that have no place: {shown}. Name them with --ignore PATTERN"
-        )
+    used = {key: tensor for key, tensor in file.tensors.items() if not matches(key, ignore)}
+    try:
+        beside = file.beside(ignore)
+    except ValueError as error:
+        raise ValueError(f"{source} {error}. Name them with --ignore PATTERN") from error
     try:
         layout = recognise(used, options=file.args, ours=ours, ann=named, **said)
     except ValueError as error:
@@ -110,22 +107,18 @@ def _build(
             raise ValueError(f"--arg: {error}") from error
     if layout.is_ann:
         try:
-            account = load_tensors(model, file.tensors, name, ignore)
+            account = load_tensors(model, used, name, ignore, strict=True)
         except ValueError as error:
             raise ValueError(str(error).replace("`allow`", "--ignore PATTERN")) from error
+        account.left |= dict.fromkeys((key for key in file.tensors if key not in used), "ignored, as asked")
     else:
         account = load_layout(model, layout, file.tensors, name, ignore)
     account.notes[:0] = [
         f"{layout.whose}, read as {layout.model_name} with {_words({**layout.arguments, **arguments})}"
     ]
     account.notes += layout.notes
-    account.left |= {key: f"beside the weights: {what}" for key, what in file.companions.items()}
-    account.left |= dict.fromkeys(file.extra, "ignored, as asked")
+    account.left |= beside
     return model.eval(), layout, account
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _words(arguments: Mapping[str, object]) -> str:
@@ -150,6 +143,10 @@ def _to_timm(
 ) -> Account:
     from timm.models import save_for_hf
 
+    aside, old = out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.old")
+    if old.exists() and not out.exists():
+        # a conversion was cut off between its two renames, and this is what was there
+        os.replace(old, out)
     _check_folder(out)
     model, layout, account = _build(source, said, ignore, arguments, ours=False)
     model.pretrained_cfg = {**model.pretrained_cfg, **_preprocessing(source, layout, model)}
@@ -161,19 +158,29 @@ def _to_timm(
         "notes": account.notes,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside, old = out.with_name(f".{out.name}.tmp"), out.with_name(f".{out.name}.old")
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
     try:
         # timm fills model_args from the arguments that create_model was given
         save_for_hf(model, str(aside), model_config={"psn_train": {"converted_from": note}}, safe_serialization=True)
-        if out.exists():
-            os.replace(out, old)
-        os.replace(aside, out)
+        _replace_folder(aside, out, old)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
     return account
+
+
+def _replace_folder(new: Path, out: Path, old: Path) -> None:
+    """Rename `new` to `out`. What was there is called `old` meanwhile, and `out` again if that fails."""
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    try:
+        os.replace(new, out)
+    except BaseException:
+        # an interrupt may come after the rename
+        if old.exists() and not out.exists():
+            os.replace(old, out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_folder(out: Path) -> None:
