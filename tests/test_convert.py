@@ -244,7 +244,7 @@ def test_masks_that_disagree_or_are_none(refused):
         (["--neuron", "lif"], r"its neurons are psn (fc.weight [4, 4], fc.bias [4]), not lif; drop --neuron"),
         (["--neuron", "lyf"], "--neuron lyf: wanted one of psn, masked_psn"),
         (["--neuron", "masked_psn"], "it holds no masks, so the order of its masked PSN is not known; give --k K"),
-        (["--neuron", "masked_psn", "--k", "9"], "got k=9 and T=4, wanted an order k from 1 to T"),
+        (["--neuron", "masked_psn", "--k", "9"], "got k=9 and T=4, wanted k <= T"),
         (["--model", "sew_resnet18_lif", "--neuron", "psn"], "contradict each other; drop one"),
         (["--model", "sew_resnet18_lyf"], "wanted --model sew_resnet18_NEURON"),
         (["--arg", "T=4"], "--arg T: it has an option of its own, --T"),
