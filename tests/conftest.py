@@ -99,6 +99,37 @@ def small(digit_shards, tmp_path):
     return make
 
 
+# of the 150 digits in the training shards
+HELD_OUT = 30
+
+
+@pytest.fixture
+def splitting(small, digit_shards):
+    """splitting("run", **changes): a tiny run that holds 30 of its 150 digits out and has 50 to test on."""
+
+    def make(run: str = "run", data: dict | None = None, **changes) -> dict:
+        split = {"val": None, "test": str(digit_shards / "val"), "hold_out": HELD_OUT}
+        return small(run, data={**split, **(data or {})}, **changes)
+
+    return make
+
+
+def train_here(document: dict) -> int:
+    """Train in this process; returns the exit status."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    from psn_train.recipe import check_recipe
+    from psn_train.training.loop import train
+
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    return train(check_recipe(document))
+
+
+def results_of(document: dict) -> dict:
+    return json.loads((Path(document["run_dir"]) / "results.json").read_text())
+
+
 def _child(document: dict, before: str | None, errors: str) -> None:
     torch.set_num_threads(1)
     # a spawned process would spawn its decoding processes, too, which takes seconds each

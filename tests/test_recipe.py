@@ -156,6 +156,7 @@ def test_one_problem_one_message(tmp_path, override, complaint):
         (["data.val=v", "data.hold_out=5"], "data.hold_out: got 5, but the best epoch is chosen on data.val"),
         (["data.val=v/", "data.test=v"], "data.test: v is data.val, too"),
         (["data.test=shards/train"], "data.test: shards/train is data.train, too; what is trained on tests nothing"),
+        (["data.val=shards/train/"], "data.val: shards/train/ is data.train, too; what is trained on selects nothing"),
     ],
 )
 def test_splits_that_contradict_each_other(tmp_path, overrides, complaint):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_same_run, metrics, run_in_child
+from conftest import HELD_OUT, assert_same_run, metrics, results_of, run_in_child, train_here
 
 from psn_train.data.index import load_index
 from psn_train.data.reader import SampleReader
@@ -17,34 +17,6 @@ from psn_train.training.checkpoint import find_checkpoint, read_best, read_meta
 from psn_train.training.results import SelectionError
 from psn_train.training.run import RunError
 from psn_train.training.runtime import EXIT_STOPPED
-
-# 150 digits are in the training shards, 50 in the others
-HELD_OUT = 30
-
-
-@pytest.fixture
-def splitting(small, digit_shards):
-    """splitting("run", **changes): a tiny run that holds 30 of its 150 digits out and has 50 to test on."""
-
-    def make(run: str = "run", data: dict | None = None, **changes) -> dict:
-        split = {"val": None, "test": str(digit_shards / "val"), "hold_out": HELD_OUT}
-        return small(run, data={**split, **(data or {})}, **changes)
-
-    return make
-
-
-def train_here(document: dict) -> int:
-    from accelerate.state import AcceleratorState, PartialState
-
-    from psn_train.training.loop import train
-
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    return train(check_recipe(document))
-
-
-def results_of(document: dict) -> dict:
-    return json.loads((Path(document["run_dir"]) / "results.json").read_text())
 
 
 def last_line(printed: str) -> str:

@@ -9,9 +9,11 @@ from psn_train.recipe.resident import unsupported
 from psn_train.recipe.schema import Data, Recipe
 
 MOST_HELD_OUT = 10_000
-_TEST_IS_TOO = {
-    "val": "to choose the best epoch on the test shards, set data.select_on: test and leave data.val out",
-    "train": "what is trained on tests nothing",
+# no two of the splits are the same shards
+SAME_SHARDS = {
+    ("test", "val"): "to choose the best epoch on the test shards, set data.select_on: test and leave data.val out",
+    ("test", "train"): "what is trained on tests nothing",
+    ("val", "train"): "what is trained on selects nothing; leave data.val out, and a part of data.train is held out",
 }
 
 
@@ -101,10 +103,11 @@ def impossible_combinations(recipe: Recipe) -> list[str]:
         bool(data.hold_out) and not on_test and data.val is not None,
         f"data.hold_out: got {data.hold_out}, but the best epoch is chosen on data.val; leave one of the two out",
     )
-    for key, advice in _TEST_IS_TOO.items():
+    for (key, other), advice in SAME_SHARDS.items():
+        where = getattr(data, key)
         wrong(
-            bool(data.test) and data.test.rstrip("/") == (getattr(data, key) or "").rstrip("/"),
-            f"data.test: {data.test} is data.{key}, too; {advice}",
+            bool(where) and where.rstrip("/") == (getattr(data, other) or "").rstrip("/"),
+            f"data.{key}: {where} is data.{other}, too; {advice}",
         )
     wrong(
         checkpoint.every_epochs is None and checkpoint.every_steps is None,

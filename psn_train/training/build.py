@@ -15,6 +15,7 @@ from psn_train.data.order import held_out_ids
 from psn_train.data.reader import SampleReader
 from psn_train.data.stream import check_counts
 from psn_train.recipe import Recipe, held_out_samples
+from psn_train.recipe.rules import SAME_SHARDS
 from psn_train.training.checkpoint import read_weights
 
 
@@ -37,13 +38,14 @@ def open_splits(recipe: Recipe) -> Splits:
     Raises:
         ShardError: no index, or another number of samples than the recipe wants.
         PlanError: more samples are to be held out than there are.
-        ValueError: the splits number their classes differently.
+        ValueError: the splits number their classes differently, or two of them are the same shards.
     """
     data = recipe.data
     train = open_shards(recipe, "train")
     others = {split: open_shards(recipe, split) for split in ("val", "test") if getattr(data, split) is not None}
     for split, reader in others.items():
         same_classes(train.index, reader.index, split)
+    different_shards({"train": train.index, **{split: reader.index for split, reader in others.items()}})
     select, ids = others.get(data.selected_on), None
     if data.selected_on == "held out":
         samples = train.index.num_samples
@@ -76,6 +78,22 @@ def same_classes(train: ShardIndex, other: ShardIndex, split: str) -> None:
             f"the training shards have {len(train.classes)} classes and those of data.{split} {len(other.classes)}; "
             f"first differences: {'; '.join(differing[:3]) or 'the number'}"
         )
+
+
+def different_shards(indices: dict[str, ShardIndex]) -> None:
+    """Raises ValueError where two of the splits are the same shards, however their folders are written.
+
+    Args:
+        indices: of `train`, and of `val` and `test` where there are such.
+    """
+    problems = [
+        f"data.{key} ({indices[key].location}) and data.{other} ({indices[other].location}) are the same shards; "
+        f"{advice}"
+        for (key, other), advice in SAME_SHARDS.items()
+        if {key, other} <= indices.keys() and indices[key].fingerprint == indices[other].fingerprint
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:

@@ -193,6 +193,12 @@ def repair_best(folder: Path, step: int, best: dict) -> None:
         _write_best(folder, path, best)
 
 
+def forget_best(folder: Path) -> None:
+    """Remove BEST; its checkpoint stays until the next save."""
+    (folder / "BEST").unlink(missing_ok=True)
+    _fsync_folder(folder)
+
+
 def _delete_old(folder: Path, keep_last: int) -> None:
     best = read_best(folder)
     whole = sorted(path for path in folder.glob("step_*") if path.is_dir())

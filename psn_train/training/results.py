@@ -4,9 +4,13 @@ In a checkpoint's state.json under `results`, and in the results.json of a run t
 
   selected_on   "val": data.val; "held out": samples of the training shards that are not trained on; "test": the test
                 set, which makes the figure of the best epoch optimistic; null: nothing is evaluated during the run
-  best, last    the evaluation of that epoch; `selected_by` names the figure that decides
+  best, last    the evaluation of that epoch; `selected_by` names the figure that decides. One that is there only
+                because schedule.stop_after_steps cut the run has `candidate` false and is never the best, so that a run
+                that goes on afterwards ends as one that was not cut
   test          {"best": ..., "last": ...}: figures of these two checkpoints on the test shards, which are looked at
                 once, when the run is complete; under selected_on "test" those of `best` and `last`
+
+`split` beside them says what is held out of which training shards, and the fingerprint of those that select.
 """
 
 from __future__ import annotations
@@ -39,12 +43,13 @@ class Results:
         self.recipe, self.plan = recipe, plan
         self.selected_on = recipe.data.selected_on
         self.selected_by = recipe.checkpoint.select_by or ("ema_top1" if recipe.ema.decay is not None else "top1")
-        # which samples are held out follows from these
+        # which samples are held out follows from the first four
         self.split = {
             "shards": splits.train.index.fingerprint,
             "samples": splits.train.index.num_samples,
             "held_out": plan.held_out,
             "hold_out_seed": recipe.data.hold_out_seed,
+            "selecting_shards": splits.select.index.fingerprint if splits.select is not None else None,
         }
         self.test_shards = splits.test.index.fingerprint if splits.test is not None else None
         # looked at when the run is complete, and not during it
@@ -65,7 +70,8 @@ class Results:
         """
         then, now = meta.get("split", {"held_out": 0}), self.split
         # a smaller number is among a larger one of the same shards and seed
-        others = {**then, "held_out": now["held_out"]} != now or then["held_out"] < now["held_out"]
+        others = any(then.get(key) != now[key] for key in ("shards", "samples", "hold_out_seed"))
+        others = others or then["held_out"] < now["held_out"]
         if now["held_out"] and others:
             raise SelectionError(
                 f"{self.recipe.run_path}: some of the {now['held_out']} samples that are to be held out were trained "
@@ -74,17 +80,37 @@ class Results:
                 "they were."
             )
 
-    def load(self, meta: dict) -> bool:
-        """Take over what a checkpoint holds; False where its best was selected on other samples than ours are.
+    def load(self, meta: dict) -> str | None:
+        """Take over what a checkpoint holds, unless its best cannot be compared with what is evaluated from now on.
 
         The test set's figures are those of results.json, see `read_test`.
+
+        Returns:
+            None; or how the best was selected, where that is on other samples or by another figure than ours, and
+            nothing is taken over.
         """
-        before = meta["results"].get("selected_on"), meta.get("split", {}).get("held_out", 0)
-        if before != (self.selected_on, self.plan.held_out):
-            return False
-        self.best, self.last = meta["results"]["best"], meta["results"]["last"]
+        saved, then = meta["results"], meta.get("split", {})
+        now = self.selected_on, self.plan.held_out, self.split["selecting_shards"]
+        # shards that no checkpoint names are not known to be ours
+        if (saved.get("selected_on"), then.get("held_out", 0), then.get("selecting_shards")) != now:
+            return "on other samples"
+        for record in filter(None, (saved["best"], saved["last"])):
+            if record["selected_by"] != self.selected_by:
+                return f"by {record['selected_by']} and not by {self.selected_by}"
+        self.best, self.last = saved["best"], saved["last"]
         self._note_selecting_test()
-        return True
+        return None
+
+    def is_candidate(self, step: int) -> bool:
+        """True where a run that nothing cuts evaluates after `step` updates, too.
+
+        Were another evaluation the best, then a run that was cut and continued would end with another best than one
+        that was not cut.
+        """
+        ended = self.plan.epoch_ended_by(step)
+        if ended is None:
+            return False
+        return step == self.plan.total_steps or (ended + 1) % self.recipe.log.eval_every_epochs == 0
 
     def note(
         self, step: int, epoch: int, results: dict[str, Result], *, seconds: float, lambda_: float | None
@@ -92,7 +118,8 @@ class Results:
         """Take in an evaluation of the network ("model") and of its moving average ("ema").
 
         Returns:
-            (line of metrics.jsonl, True where its figure is the best so far); the first of equals stays.
+            (line of metrics.jsonl, True where its figure is the best so far); the first of equals stays, and what is
+            no candidate is never the best.
         """
         record: dict = {"kind": "eval", "step": step, "epoch": epoch, "seconds": seconds}
         for which, result in results.items():
@@ -102,6 +129,8 @@ class Results:
         record |= {"count": main.count, "unreadable": main.bad, "selected_on": self.selected_on}
         if lambda_ is not None:
             record["lambda"] = lambda_
+        if not self.is_candidate(step):
+            record["candidate"] = False
         summary = {**record, "selected_by": self.selected_by}
         if main.firing:
             record |= {"firing_rate": main.firing_rate, "firing": main.firing}
@@ -113,6 +142,8 @@ class Results:
         return record, improved
 
     def _improves(self, record: dict) -> bool:
+        if not record.get("candidate", True):
+            return False
         if self.best is None:
             return True
         # a masked PSN that is not causal yet is no candidate once there is one that is
@@ -128,10 +159,12 @@ class Results:
         return {"metric": figure, "value": self.best[figure]}
 
     def _note_selecting_test(self) -> None:
-        if self.selected_on == "test" and self.best is not None:
+        if self.selected_on == "test" and self.last is not None:
             self.test = {"best": self._figures(self.best), "last": self._figures(self.last)}
 
-    def _figures(self, record: dict) -> dict:
+    def _figures(self, record: dict | None) -> dict | None:
+        if record is None:
+            return None
         weights = weights_of(record)
         prefix = "ema_" if weights == "ema" else ""
         return {
@@ -219,6 +252,8 @@ class Results:
                 f"best {figure} {self.best[figure]:.{digits}f} (epoch {self.best['epoch'] + 1}), "
                 f"last {self.last[figure]:.{digits}f}"
             )
+        elif self.last is not None:
+            parts.append(f"nothing is selected yet: schedule.stop_after_steps ended the run after {steps} steps")
         if self.tests_once and self.test is not None:
             shown = [f"{which} top1 {figures['top1']:.2f}" for which, figures in self.test.items() if figures]
             parts.append(f"test set: {', '.join(shown)}")
@@ -245,17 +280,19 @@ def evaluation_scalars(record: dict) -> dict[str, float]:
     return scalars
 
 
-def evaluation_line(record: dict, best: dict) -> str:
+def evaluation_line(record: dict, best: dict | None) -> str:
     """One line for the terminal from an evaluation's record and the best one's."""
-    selected = best["selected_by"]
+    cut = "" if record.get("candidate", True) else f", cut after step {record['step']} and no candidate for the best,"
     text = (
-        f"epoch {record['epoch'] + 1} evaluated on {record['count']} {SAMPLES[record['selected_on']]}: "
+        f"epoch {record['epoch'] + 1}{cut} evaluated on {record['count']} {SAMPLES[record['selected_on']]}: "
         f"top-1 {record['top1']:.2f} %, top-5 {record['top5']:.2f} %, loss {record['loss']:.4f}"
     )
     if "ema_top1" in record:
         text += f"; EMA top-1 {record['ema_top1']:.2f} %"
-    text += f"; best {selected} {best[selected]:.2f} (epoch {best['epoch'] + 1}"
-    text += f", {SELECTED['test']})" if record["selected_on"] == "test" else ")"
+    if best is not None:
+        selected = best["selected_by"]
+        text += f"; best {selected} {best[selected]:.2f} (epoch {best['epoch'] + 1}"
+        text += f", {SELECTED['test']})" if record["selected_on"] == "test" else ")"
     if "firing" in record:
         dead = sum(layer["dead"] for layer in record["firing"].values()) / len(record["firing"])
         text += f"; firing {record['firing_rate']:.3f}, dead {dead:.1%}"

@@ -27,6 +27,7 @@ from psn_train.training.build import Splits
 from psn_train.training.checkpoint import (
     Checkpoint,
     clean,
+    forget_best,
     last_checkpoint,
     load_optimizer_by_name,
     optimizer_by_name,
@@ -119,15 +120,18 @@ class Run:
         saved, keep_bytes = self.saved, 0
         if saved is not None:
             self.model.load_state_dict(saved.model)
-            if self.ema is not None and saved.ema is not None:
-                self.ema.module.load_state_dict(saved.ema)
+            if self.ema is not None:
+                # an EMA that is new to the run begins with the weights as they are, not with those of the start
+                self.ema.module.load_state_dict(saved.ema if saved.ema is not None else saved.model)
             load_optimizer_by_name(updater.optimizer, self.model, saved.optimizer)
             meta = saved.meta
             updater.scaler.load_state_dict(meta["scaler"])
             self.step, self.owed_epoch = meta["step"], meta["owed_epoch"]
             self.seconds = meta["seconds"]
-            if not self.results.load(meta):
-                self.say("the best epoch so far was selected on other samples; it is forgotten")
+            if (selected := self.results.load(meta)) is not None:
+                self.say(f"the best epoch so far was selected {selected}; it is forgotten")
+                if self.is_main:
+                    forget_best(self.checkpoints)
                 if self.step == self.plan.total_steps and self.results.selected_on is not None:
                     self.owed_epoch = self.plan.epoch_of(self.step - 1)
             elif self.is_main and self.results.best is not None:
