@@ -131,7 +131,13 @@ def test_the_order_ablation_is_one_parent_with_overrides():
             recipe = load_recipe(path, [f"model.k={k}", f"name={name}"])
             assert recipe.model.k == k and recipe.name == name
     text = (ROOT / "recipes" / "sequential_cifar100" / "order_ablation.md").read_text()
-    assert [int(k) for k in re.findall(r"^\| (\d+) \|", text, re.MULTILINE)] == list(range(1, 33))
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == list(range(1, 33))
+    for column, neuron in ((1, "masked_psn"), (2, "sliding_psn")):
+        lines = recipe_path(f"sequential_net_{neuron}.k32_scifar100").read_text().splitlines()
+        header = " ".join(line[1:].strip() for line in lines if line.startswith("#"))
+        stated = "; ".join(f"k={row[0]} {row[column].replace(' / ', '/')}" for row in rows)
+        assert stated in header
 
 
 @pytest.mark.slow
