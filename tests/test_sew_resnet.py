@@ -90,14 +90,15 @@ def test_arguments_are_refused_with_their_choices():
         ({"surrogate": "relu"}, "'relu', wanted one of atan"),
         ({"T": 0}, "got T=0"),
         ({"neuron": "masked_psn", "k": 5}, "got k=5 and T=4"),
-        ({"neuron": "sliding_psn", "k": 5}, "got k=5 and T=4"),
-        ({"neuron": "sliding_psn", "k": 0}, "got k=0 and T=4"),
+        ({"neuron": "sliding_psn", "k": 0}, "SlidingPSN: got k=0"),
         ({"neuron": "psn", "k": 2}, "psn: got k, which it does not take"),
         ({"neuron": "lif", "tau": 0.5}, "tau=0.5"),
     ]:
         with pytest.raises(ValueError) as error:
             SEWResNet(**{**SMALL, **kwargs})
         assert message in str(error.value)
+    # what was trained at a longer T runs at a shorter one
+    assert SEWResNet(**{**SMALL, "neuron": "sliding_psn", "k": 5})(torch.randn(1, 2, 12, 12)).shape == (1, 5)
 
 
 def test_inputs_are_refused_in_words():
