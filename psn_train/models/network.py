@@ -28,7 +28,7 @@ class SpikingNetwork(nn.Module):
     Args (all JSON scalars, so that they survive a model hub's config.json):
         neuron: a name of `neurons.NEURONS`.
         T: time-steps of a static image; frames must have as many for neurons that are bound to T.
-        k: order of masked and sliding PSN; default 2, that of the paper's CIFAR10-DVS network; for masked PSN at most T.
+        k: order of masked and sliding PSN; default 2, as in the paper's CIFAR10-DVS network; of masked PSN at most T.
         surrogate, alpha: surrogate gradient: atan, sigmoid, triangle or rectangle, and its sharpness.
         neuron_options: of the neuron, see `neurons.build_neuron`: init, init_tau, tau, decay_input, v_threshold, ...
 
