@@ -50,7 +50,7 @@ def assert_same(found, expected, *, pixels: bool = True) -> None:
     # Pillow puts the address of the object that it read from into its message
     assert [re.sub("<.*>", "", name) for name in found.bad] == [re.sub("<.*>", "", name) for name in expected.bad]
     if pixels:
-        assert torch.equal(found.images, expected.images) and found.images.dtype == torch.uint8
+        assert torch.equal(found.inputs, expected.inputs) and found.inputs.dtype == torch.uint8
 
 
 @pytest.mark.parametrize(("world", "bound"), [(1, None), (2, None), (3, 4), (1, 5)])
@@ -73,14 +73,14 @@ def test_with_augmentation_ids_epochs_and_targets_are_the_streams(opened):
     reference = TrainStream(recipe, stream.plan, reader, 0)
     for micro_step in (0, 6, 13):
         assert_same(stream[micro_step], reference[micro_step], pixels=False)
-    assert not torch.equal(stream[0].images, reference[0].images)
+    assert not torch.equal(stream[0].inputs, reference[0].inputs)
 
 
 def test_same_images_at_any_world_size_accumulation_and_block(opened):
     recipe, reader = opened(augment=AUGMENTED)
     images = ResidentImages(reader, recipe, "cpu")
     (one,) = streams(recipe, images)
-    expected = torch.cat([one[step].images for step in range(14)])
+    expected = torch.cat([one[step].inputs for step in range(14)])
     for world, bound, block in ((2, None, 1), (3, 4, 3), (1, 6, 100)):
         other = opened(augment=AUGMENTED, data={"max_batch_per_device": bound})[0]
         ranks = streams(other, images, world)
@@ -90,7 +90,7 @@ def test_same_images_at_any_world_size_accumulation_and_block(opened):
             stream.block_size = block
             parts.append(batches(stream, 0, 14 * accumulated))
         found = [
-            part[step * accumulated + a].images for step in range(14) for part in parts for a in range(accumulated)
+            part[step * accumulated + a].inputs for step in range(14) for part in parts for a in range(accumulated)
         ]
         assert torch.equal(torch.cat(found), expected)
 
@@ -117,8 +117,8 @@ def test_images_differ_between_epochs_and_the_generators_stay(opened):
     (stream,) = streams(recipe, ResidentImages(reader, recipe, "cpu"))
     first, second = batches(stream, 0, 2)
     assert (random.random(), np.random.rand(), torch.rand(1)) == expected
-    a = {int(i): image for i, image in zip(first.ids, first.images, strict=True)}
-    b = {int(i): image for i, image in zip(second.ids, second.images, strict=True)}
+    a = {int(i): image for i, image in zip(first.ids, first.inputs, strict=True)}
+    b = {int(i): image for i, image in zip(second.ids, second.inputs, strict=True)}
     assert a.keys() == b.keys() and sum(torch.equal(a[i], b[i]) for i in a) < 15
 
 
@@ -127,7 +127,7 @@ def test_nothing_waits_for_the_device(opened):
     recipe, reader = opened(augment=AUGMENTED)
     images = ResidentImages(reader, recipe, "meta")
     (stream,) = streams(recipe, images)
-    assert [batch.images.shape for batch in batches(stream, 0, 3)] == [(24, 1, 16, 16)] * 3
+    assert [batch.inputs.shape for batch in batches(stream, 0, 3)] == [(24, 1, 16, 16)] * 3
     evaluation = ResidentEvalStream(recipe, images, 40, 0, 1)
     assert [len(batch.targets) for batch in batches(evaluation, 0, 4)] == [40, 40, 40, 30]
 
@@ -142,7 +142,7 @@ def test_cuda_never_waits(opened):
         found = batches(stream, 0, 3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(batch.images.is_cuda and batch.targets.is_cuda for batch in found)
+    assert all(batch.inputs.is_cuda and batch.targets.is_cuda for batch in found)
 
 
 @pytest.mark.parametrize(("world", "batch"), [(1, 7), (2, 8), (4, 50)])
@@ -237,7 +237,7 @@ def test_a_stand_in_is_a_copy_its_augmentation_included(opened, digit_shards, tm
     (damaged,) = streams(recipe, ResidentImages(reader, recipe, "cpu"))
     before, after = stream[6], damaged[6]
     for place, shown in enumerate([0, 1, 2, 3, 4, 6, *range(6, 23), 0]):
-        assert torch.equal(after.images[place], before.images[shown])
+        assert torch.equal(after.inputs[place], before.inputs[shown])
         assert after.targets[place] == before.targets[shown] and after.keys[place] == before.keys[shown]
 
 

@@ -38,7 +38,7 @@ def global_batch(ranks, step: int):
         parts += [stream[step * steps + a] for a in range(steps)]
     return (
         np.concatenate([part.ids for part in parts]),
-        torch.cat([part.images for part in parts]),
+        torch.cat([part.inputs for part in parts]),
         torch.cat([part.targets for part in parts]),
     )
 
@@ -75,11 +75,11 @@ def test_a_resumed_loader_reads_nothing_that_was_seen(streams, monkeypatch):
     read = []
     original = SampleReader.read
     monkeypatch.setattr(SampleReader, "read", lambda self, i: read.append(i) or original(self, i))
-    whole = [batch.images for batch in make_loader(stream, start=0, stop=9, workers=0, pin_memory=False)]
+    whole = [batch.inputs for batch in make_loader(stream, start=0, stop=9, workers=0, pin_memory=False)]
     read.clear()
     rest = list(make_loader(stream, start=7, stop=9, workers=0, pin_memory=False))
     assert len(read) == 2 * 24
-    assert all(torch.equal(a, b.images) for a, b in zip(whole[7:], rest, strict=True))
+    assert all(torch.equal(a, b.inputs) for a, b in zip(whole[7:], rest, strict=True))
 
 
 def test_augmentation_leaves_the_generators_alone(streams):
@@ -96,9 +96,9 @@ def test_augmentation_leaves_the_generators_alone(streams):
 def test_images_are_uint8_and_differ_between_epochs(streams):
     (stream,) = streams(1, data={"global_batch_size": 150})
     first, second = stream[0], stream[1]
-    assert first.images.dtype == torch.uint8 and first.images.shape == (150, 1, 16, 16)
-    a = {int(i): image for i, image in zip(first.ids, first.images, strict=True)}
-    b = {int(i): image for i, image in zip(second.ids, second.images, strict=True)}
+    assert first.inputs.dtype == torch.uint8 and first.inputs.shape == (150, 1, 16, 16)
+    a = {int(i): image for i, image in zip(first.ids, first.inputs, strict=True)}
+    b = {int(i): image for i, image in zip(second.ids, second.inputs, strict=True)}
     assert a.keys() == b.keys()
     assert sum(torch.equal(a[i], b[i]) for i in a) < 75
 
@@ -141,7 +141,7 @@ def test_bad_sample_is_named_and_replaced_in_training(streams, damaged):
     assert batch.bad[0].startswith(f"{name}: undecodable png")
     place = batch.ids.tolist().index(3)
     stand_in = (place + 1) % 24
-    assert torch.equal(batch.images[place], batch.images[stand_in])
+    assert torch.equal(batch.inputs[place], batch.inputs[stand_in])
     assert batch.targets[place] == batch.targets[stand_in]
 
 
@@ -228,7 +228,7 @@ def test_urls_are_fetched_once_and_give_the_same_samples(streams, web, tmp_path)
     for stream in local:
         remote = TrainStream(stream.recipe, stream.plan, reader, stream.rank)
         for micro in range(3):
-            assert torch.equal(remote[micro].images, stream[micro].images)
+            assert torch.equal(remote[micro].inputs, stream[micro].inputs)
     assert sorted(requests) == sorted({f"/train/{shard.name}" for shard in index.shards})
 
 

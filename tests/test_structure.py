@@ -82,15 +82,20 @@ def own_modules(source: str, module: str, is_package: bool) -> list[tuple[int, s
     return found
 
 
+def front(module: str) -> str:
+    """The name under which a module stands in FRONT: all of the command's files are one."""
+    return "cli" if module.split(".")[0] == "cli" else module
+
+
 def violations(source: str, module: str, is_package: bool = False) -> list[str]:
     """Every import of `module` that goes against the flow."""
     room = module.split(".")[0]
     wrong = []
     for line, target in own_modules(source, module, is_package):
         target_room = target.split(".")[0]
-        if target in FRONT:
-            allowed = module in FRONT[target]
-        elif target == "" or module in FRONT:
+        if front(target) in FRONT:
+            allowed = front(module) in (front(target), *FRONT[front(target)])
+        elif target == "" or front(module) in FRONT:
             # `import psn_train` is for the version
             allowed = True
         elif module == "":
@@ -108,7 +113,7 @@ def violations_of_file(module: str) -> list[str]:
 
 
 def test_every_file_stands_in_a_room():
-    assert [m for m in MODULES if m and m not in FRONT and m.split(".")[0] not in ROOMS] == []
+    assert [m for m in MODULES if m and front(m) not in FRONT and m.split(".")[0] not in ROOMS] == []
     assert set(FRONT) <= set(MODULES)
 
 
@@ -129,6 +134,7 @@ def test_imports_go_one_way():
         ("training.run", "from psn_train.training import loop"),
         ("training.run", "from psn_train.publish import hub"),
         ("publish.hub", "from psn_train import cli"),
+        ("publish.hub", "from psn_train.cli.arguments import count"),
         ("publish.hub", "from psn_train.bench.timing import free_memory"),
         ("bench.neurons", "from psn_train.publish.hub import evaluate_folder"),
         ("", "from psn_train import training"),

@@ -73,7 +73,7 @@ def test_firing_rates_are_counted_right(small):
     loader = make_eval_loader(recipe, reader, batch_size=16, device=cpu)
     result = evaluate(model, recipe, loader, device=cpu, firing=True)
     batch = EvalStream(recipe, reader, 50, 0, 1)[0]
-    images = Normalizer([0.13], [0.31], "cpu")(batch.images)
+    images = Normalizer([0.13], [0.31], "cpu")(batch.inputs)
     spikes = {}
     for name, neuron in spiking_neurons(model):
         neuron.register_forward_hook(lambda _m, _i, out, name=name: spikes.__setitem__(name, out))

@@ -68,7 +68,7 @@ class ResidentImages:
         loader = make_loader(stream, start=0, stop=len(stream), workers=recipe.data.workers, pin_memory=False)
         for batch in loader:
             here = slice(int(batch.ids[0]), int(batch.ids[-1]) + 1)
-            images[here], targets[here] = batch.images, batch.targets
+            images[here], targets[here] = batch.inputs, batch.targets
             self.keys += batch.keys
             self.bad.update(zip(batch.ids[batch.targets.numpy() < 0].tolist(), batch.bad, strict=True))
         allowed = recipe.data.max_bad_samples

@@ -34,7 +34,7 @@ from psn_train.recipe import Plan, Recipe
 class Batch:
     """Samples of one rank on their way to its device."""
 
-    images: torch.Tensor  # uint8 [N, C, H, W]
+    inputs: torch.Tensor  # uint8 [N, C, H, W]
     targets: torch.Tensor  # int64 [N]; -1 for a bad sample of the evaluation
     ids: np.ndarray  # int64 [N], places in the index
     epochs: np.ndarray  # int64 [N]
@@ -42,7 +42,7 @@ class Batch:
     bad: list[str] = field(default_factory=list)  # "shard.tar[17]: why", one for each sample that could not be read
 
     def pin_memory(self) -> Batch:
-        self.images = self.images.pin_memory()
+        self.inputs = self.inputs.pin_memory()
         self.targets = self.targets.pin_memory()
         return self
 

@@ -1,7 +1,7 @@
 """Recipe: everything that decides a run, read from strict YAML and checked before torch is imported.
 
-A recipe file has the sections model, data, augment, loss, optim, schedule, precision, ema, checkpoint and log. It may
-name one parent with `base:` (a path relative to itself), and single values are overridden on the command line as
+A recipe file has the sections model, data, augment, events, loss, optim, schedule, precision, ema, checkpoint and log.
+It may name one parent with `base:` (a path relative to itself), and single values are overridden on the command line as
 `optim.lr=0.05`. All mistakes are reported at once, each with the place, what was found and what was wanted.
 
 YAML is read by the rules of YAML 1.2: `1e-3` is a number and `no` is a word (PyYAML's own rules have them the other way
@@ -15,18 +15,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Scalar = bool | int | float | str | None
-
-
-class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors and types are not converted."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+from psn_train.recipe.events import Events
+from psn_train.recipe.section import Fraction, NonNegative, Positive, Scalar, Section
 
 
 class Model(Section):
@@ -44,8 +36,8 @@ class Model(Section):
     """Steepness of the surrogate."""
     num_classes: Positive | None = None
     """Outputs; by default as many as the training shards have classes."""
-    in_chans: Literal[1, 3] = 3
-    """1: images are read as grey; 3: as RGB."""
+    in_chans: Literal[1, 2, 3] = 3
+    """1: images are read as grey; 3: as RGB. Of events: 2, one channel for each polarity; 1: voxels with signs."""
     args: dict[str, Scalar] = {}
     """Further arguments of the architecture, such as `stem`, `stem_pool`, `pe`, `width`."""
     init_from: str | None = None
@@ -272,6 +264,8 @@ class Recipe(Section):
     model: Model
     data: Data
     augment: Augment = Augment()
+    events: Events | None = None
+    """How recordings become frames; none: the shards hold images."""
     loss: Loss = Loss()
     optim: Optim
     schedule: Schedule

@@ -119,7 +119,7 @@ def evaluate(
                     f"{len(bad)} unreadable samples, data.max_bad_samples is {recipe.data.max_bad_samples}:\n  "
                     + "\n  ".join(bad)
                 )
-            images = normalize(batch.images.to(device, non_blocking=True))
+            images = normalize(batch.inputs.to(device, non_blocking=True))
             if recipe.precision.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             targets = batch.targets.to(device, non_blocking=True)

@@ -109,7 +109,7 @@ class Updater:
             batch = next(batches)
             used.append(batch)
             labels = batch.targets.to(device, non_blocking=True)
-            images = batch.images.to(device, non_blocking=True)
+            images = batch.inputs.to(device, non_blocking=True)
             images, targets = self.augment(images, labels, step * plan.grad_accum_steps + micro, self.rank)
             last = micro == plan.grad_accum_steps - 1
             skip_sync = getattr(self.model, "no_sync", None)

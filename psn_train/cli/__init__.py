@@ -1,0 +1,49 @@
+"""The `psn` command. Each verb is a thin call into its room; torch is imported by those that need it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+import psn_train
+from psn_train.cli import measure, runs, shards, weights
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit status. Mistakes of the user end in one message and status 2."""
+    parser = _parser()
+    options, left = parser.parse_known_args(arguments)
+    # argparse gives up on overrides behind an option
+    overrides = [word for word in left if "=" in word and not word.startswith("-")]
+    if left != overrides or (left and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.overrides += overrides
+    try:
+        return options.run(options) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, FloatingPointError, OSError) as error:
+        if os.environ.get("PSN_TRACEBACK"):
+            raise
+        rank = os.environ.get("RANK")
+        where = f"[rank {rank}] " if rank not in (None, "0") else ""
+        print(f"{where}psn: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="psn", description="Train parallel spiking neurons.")
+    parser.add_argument("--version", action="version", version=f"psn-train {psn_train.__version__}")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def verb(name: str, run, help_text: str, within=verbs) -> argparse.ArgumentParser:
+        made = within.add_parser(name, help=help_text, description=help_text)
+        made.set_defaults(run=run)
+        return made
+
+    for group in (runs, measure, weights, shards):
+        group.add(verbs, verb)
+    return parser

@@ -1,0 +1,31 @@
+"""Types of the command line: what a word must be, and what is said when it is not."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least 1")
+    return int(text)
+
+
+def size(text: str) -> int:
+    base, caret, power = text.partition("^")
+    if not caret:
+        return count(text)
+    if base != "2" or not power.isdecimal() or int(power) > 40:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a whole number of at least 1, or 2^0 to 2^40")
+    return 2 ** int(power)
+
+
+def seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number of seconds above 0")
+    return value

@@ -1,0 +1,151 @@
+"""`psn demo`, `train`, `eval`, `recipe`, `doctor`, `publish`."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from psn_train.cli.arguments import count
+
+
+def add(verbs, verb) -> None:
+    """Add the verbs to the parser; `verb(name, run, help)` makes one."""
+    demo = verb("demo", _demo, "shards, training, evaluation and publishing on real MNIST digits, in minutes")
+    demo.add_argument("--out", default="runs/demo", help="folder for everything it writes (default: %(default)s)")
+
+    train = verb("train", _train, "train a recipe, going on where its run stopped")
+    train.add_argument("recipe", help="a YAML file, or the name of one that comes with the package")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=0.05")
+
+    evaluate = verb("eval", _eval, "evaluate a run, a checkpoint or a timm folder on shards")
+    evaluate.add_argument("checkpoint", help="a run's folder, a folder step_XXXXXXXX, or a timm folder")
+    evaluate.add_argument("--shards", required=True, help="folder or URL of shards with an index.json")
+    evaluate.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run")
+    evaluate.add_argument(
+        "--weights", choices=("auto", "model", "ema"), default="auto", help="auto: those the best was selected by"
+    )
+    evaluate.add_argument("--batch-size", type=count, default=64)
+    evaluate.add_argument("--workers", type=int, default=2)
+    evaluate.add_argument("--device", help="such as cuda:1; by default a GPU if there is one")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object in place of a table")
+
+    recipe = verb("recipe", _recipe, "print a resolved recipe and every number that follows from it")
+    recipe.add_argument("recipe", nargs="?", help="a YAML file, or the name of one that comes with the package")
+    recipe.add_argument("overrides", nargs="*", metavar="key=value")
+    recipe.add_argument("--devices", type=count, default=None, help="of which the plan speaks (default: 1 and 8)")
+    recipe.add_argument("--json", action="store_true", help="print the resolved recipe as JSON")
+    recipe.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for editors")
+    recipe.add_argument("--list", action="store_true", help="list the recipes that come with the package")
+
+    verb("doctor", _doctor, "versions, devices, backends; what is missing and what to do about it")
+
+    publish = verb("publish", _publish, "write a run's checkpoint as a folder in timm's hub format")
+    publish.add_argument("checkpoint", help="a run's folder or a folder step_XXXXXXXX")
+    publish.add_argument("--to-folder", required=True, metavar="DIR")
+    publish.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run")
+
+
+def _demo(options) -> int:
+    from psn_train.demo import run_demo
+
+    return run_demo(options.out)
+
+
+def _train(options) -> int:
+    from psn_train.recipe import load_recipe, recipe_path
+
+    recipe = load_recipe(recipe_path(options.recipe), options.overrides)
+    from psn_train.training.loop import train
+
+    return train(recipe)
+
+
+def _eval(options) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from psn_train.data.index import load_index
+    from psn_train.publish.hub import evaluate_folder
+
+    total = load_index(options.shards).num_samples
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("evaluating", total=total)
+        result, recipe, _ = evaluate_folder(
+            options.checkpoint,
+            options.shards,
+            prefer=options.which,
+            weights=options.weights,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            device=options.device,
+            on_batch=lambda count: progress.advance(task, count),
+        )
+    if options.json:
+        print(
+            json.dumps(
+                {
+                    "top1": result.top1,
+                    "top5": result.top5,
+                    "loss": result.loss,
+                    "count": result.count,
+                    "firing_rate": result.firing_rate,
+                    "firing": result.firing,
+                    "unreadable": result.bad,
+                }
+            )
+        )
+        return 0
+    table = Table("layer", "firing rate", "dead", "saturated", title=f"{recipe.name} on {options.shards}")
+    for layer, figures in result.firing.items():
+        table.add_row(layer, *(f"{figures[key]:.4f}" for key in ("rate", "dead", "saturated")))
+    Console().print(table)
+    print(f"{result.count} samples: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss {result.loss:.4f}")
+    return 0
+
+
+def _recipe(options) -> int:
+    from psn_train.recipe import load_recipe, packaged_recipes, recipe_path, recipe_schema
+
+    if options.schema:
+        print(json.dumps(recipe_schema(), indent=1))
+        return 0
+    if options.list:
+        print("\n".join(packaged_recipes()))
+        return 0
+    if options.recipe is None:
+        raise ValueError("give a recipe, or --list, or --schema")
+    recipe = load_recipe(recipe_path(options.recipe), options.overrides)
+    if options.json:
+        print(json.dumps(recipe.resolved(), indent=1))
+        return 0
+    from psn_train.recipe.show import show_recipe
+
+    show_recipe(recipe, [options.devices] if options.devices else [1, 8], *_train_samples(recipe))
+    return 0
+
+
+def _train_samples(recipe) -> tuple[int | None, str]:
+    from psn_train.data.index import ShardError, load_index
+
+    try:
+        index = load_index(recipe.data.train)
+    except ShardError as error:
+        if recipe.data.train_samples is None:
+            return None, f"unknown: {error}"
+        return recipe.data.train_samples, "the recipe's data.train_samples; the shards are not there"
+    return index.num_samples, f"{recipe.data.train}, {len(index.shards)} shards, {len(index.classes)} classes"
+
+
+def _doctor(options) -> int:
+    from psn_train.doctor import run_doctor
+
+    return run_doctor()
+
+
+def _publish(options) -> int:
+    from psn_train.publish.hub import write_timm_folder
+
+    out = write_timm_folder(options.checkpoint, options.to_folder, prefer=options.which)
+    print(f'{out}: import psn_train; timm.create_model("local-dir:{out}", pretrained=True)')
+    return 0

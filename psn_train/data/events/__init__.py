@@ -1,0 +1,7 @@
+"""Recordings of event cameras: reading them whatever their format, and coding them without loss."""
+
+from __future__ import annotations
+
+from psn_train.data.events.recording import EVENT_DTYPE, REPAIRS, EventError, Recording, make_events
+
+__all__ = ["EVENT_DTYPE", "REPAIRS", "EventError", "Recording", "make_events"]
