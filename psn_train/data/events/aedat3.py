@@ -94,7 +94,7 @@ def gesture_clips(
         labels = Path(labels).read_bytes()
     else:
         name = f"{where or 'recording'}: its labels"
-    windows = _windows(labels, name)
+    windows = clip_windows(labels, name)
     t = recording.events["t"]
     clips = []
     for label, start, end in windows:
@@ -104,8 +104,12 @@ def gesture_clips(
     return clips
 
 
-def _windows(labels: bytes, where: str) -> list[tuple[int, int, int]]:
-    """(class from 0, start, end) of every line."""
+def clip_windows(labels: bytes, where: str) -> list[tuple[int, int, int]]:
+    """(class from 0, start, end in us) of every line of a csv of labels.
+
+    Raises:
+        EventError: a line is no clip, or there is none.
+    """
     windows = []
     for number, line in enumerate(labels.decode("utf-8", "replace").lstrip("\ufeff").splitlines(), 1):
         cells = [cell.strip() for cell in line.split(",")]
