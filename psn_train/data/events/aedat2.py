@@ -27,6 +27,7 @@ _EVENT_BYTES = 8
 _CHIP = re.compile(rb"#\s*AEChip:\s*(\S+)")
 _PREFERENCES = re.compile(rb"#\s*Start of Preferences", re.IGNORECASE)
 _PREFERENCES_END = re.compile(rb"^#\s*End of Preferences[^\n]*\n", re.IGNORECASE | re.MULTILINE)
+_MORE_HEADER = re.compile(rb"(?:#[^\n]*\n)*?#\s*End of ASCII Header[ \t\r]*\n", re.IGNORECASE)
 _HEADER_END = re.compile(rb"#\s*End of ASCII Header\s*$", re.IGNORECASE)
 
 
@@ -89,20 +90,21 @@ def _layout(chip: str):
 def _header(data: bytes, where: str) -> tuple[str | None, int]:
     """(chip, first byte after the header). A line of the header starts with '#' and is text.
 
-    An event may start with the byte of '#' too, but is no text. The preferences that jAER writes are taken as they
-    are, as they may hold text of any encoding.
+    An event may start with the byte of '#' too, but is no text that ends as the lines before. jAER's preferences are
+    passed over as they are, for they may hold text of any encoding; they end the header, unless its marked end follows.
     """
     if not data.startswith(MAGIC):
         raise EventError(
             f"{where}: no AEDAT 2.0: it starts with {data[:16]!r} and not with {MAGIC.decode()!r}. "
             "If it is a recording of another format, name that"
         )
-    position, chip = 0, None
+    position, chip, line_end = 0, None, b""
     while data[position : position + 1] == b"#":
         end = data.find(b"\n", position)
         line = data[position : end if end >= 0 else None]
-        if position and not is_text(line):
+        if position and not (line.endswith(line_end) and is_text(line)):
             break
+        line_end = b"\r" if line.endswith(b"\r") else b""
         if end < 0:
             raise EventError(f"{where}: cut short inside its header, which has no end; get the file anew")
         position = end + 1
@@ -112,7 +114,9 @@ def _header(data: bytes, where: str) -> tuple[str | None, int]:
                 raise EventError(
                     f"{where}: cut short inside its header: its preferences have no end; get the file anew"
                 )
-            position = last.end()
+            marked = _MORE_HEADER.match(data, last.end())
+            position = marked.end() if marked else last.end()
+            break
         elif _HEADER_END.match(line):
             break
         elif chip is None and (match := _CHIP.match(line)):

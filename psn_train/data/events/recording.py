@@ -2,7 +2,7 @@
 
 Conventions, for every reader: `t` in microseconds, int64, never falling; `x` from 0 at the left to width - 1, `y` from
 0 at the top to height - 1 as the format defines left and top; `p` 1 where it became brighter (ON) and 0 where it became
-darker (OFF), with the exception that is stated at `aedat2.read_dvs128`.
+darker (OFF). The one exception is stated at `aedat2.read_dvs128`: x and y change places.
 """
 
 from __future__ import annotations
