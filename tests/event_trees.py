@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import zipfile
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 from conftest import SHARED
 
 from psn_train.data.events import Recording, make_events, read_recording
-from psn_train.data.events.writers import encode_aedat2_dvs128, encode_bin
+from psn_train.data.events.writers import encode_aedat2_dvs128, encode_aedat3, encode_bin
 from psn_train.data.sources.cifar10_dvs import CLASSES
 
 EVENTS = SHARED / "events"
@@ -80,20 +79,6 @@ def nmnist_files(train: int = 3, test: int = 2) -> dict[str, dict[str, bytes]]:
         for i in range(10 * count):
             files[split][f"{split}/{i % 10}/{i + 1:05d}.bin"] = data.pop()
     return files
-
-
-def encode_aedat3(recording: Recording, packet: int = 1_000) -> bytes:
-    """AEDAT 3.1 of a DVS128, polarity packets of so many events."""
-    events = recording.events
-    words = np.empty((len(events), 2), "<u4")
-    x, y, p = (events[name].astype(np.uint32) for name in ("x", "y", "p"))
-    words[:, 0] = x << 17 | y << 2 | p << 1 | 1
-    words[:, 1] = events["t"]
-    parts = [b"#!AER-DAT3.1\r\n#Format: RAW\r\n#Source 1: DVS128\r\n#!END-HEADER\r\n"]
-    for start in range(0, len(words), packet):
-        part = words[start : start + packet]
-        parts += [struct.pack("<2H6I", 1, 1, 8, 4, 0, len(part), len(part), len(part)), part.tobytes()]
-    return b"".join(parts)
 
 
 def gesture_files(train: int = 2, test: int = 1, size: int = 400) -> dict[str, bytes]:
