@@ -2,7 +2,7 @@
 
 Conventions, for every reader: `t` in microseconds, int64, never falling; `x` from 0 at the left to width - 1, `y` from
 0 at the top to height - 1 as the format defines left and top; `p` 1 where it became brighter (ON) and 0 where it became
-darker (OFF), with the exception that is stated at `aedat2.read_dvs128`.
+darker (OFF). The one exception is stated at `aedat2.read_dvs128`: x and y change places.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Recording:
     @property
     def duration_us(self) -> int:
         """From the first event to the last; 0 for fewer than two."""
-        return int(self.events["t"][-1] - self.events["t"][0]) if len(self.events) else 0
+        return int(self.events["t"][-1]) - int(self.events["t"][0]) if len(self.events) else 0
 
 
 # every repair there is; a reader makes no other
@@ -49,6 +49,9 @@ REPAIRS = {
     "sorted": "events that came before an earlier one and were put in their place (stable sort by time)",
     "cut_bytes": "bytes at the end that are less than one event and were left out",
     "not_polarity": "words of other kinds (APS, IMU, special events), which are no events of the sensor",
+    "not_valid": "places of AEDAT 3 packets that are marked as not valid, or hold nothing",
+    "no_base": "EVT2 and EVT3 events before the first word that says their time or their row; left out",
+    "other_streams": "events of a further camera in the same file (AEDAT 3 and 4), which were left out",
 }
 
 
