@@ -274,16 +274,16 @@ def resize_frames(
     are older, so that False, which reads the two nearest pixels of each row and column and skips the rest, is theirs.
 
     Args:
-        antialias: smooth before a bilinear resize to fewer pixels.
-        interpolation: `bilinear` or `nearest`.
+        antialias: smooth before a bilinear or bicubic resize to fewer pixels.
+        interpolation: `bilinear`, `bicubic` or `nearest`.
     """
     if frames.shape[-2:] == (size, size):
         return frames
     if interpolation == "nearest":
         options = {}
-    elif interpolation == "bilinear":
+    elif interpolation in ("bilinear", "bicubic"):
         options = {"align_corners": False, "antialias": antialias}
     else:
-        raise ValueError(f"resize_frames: interpolation = {interpolation!r}; wanted 'bilinear' or 'nearest'")
+        raise ValueError(f"resize_frames: interpolation = {interpolation!r}; wanted bilinear, bicubic or nearest")
     flat = F.interpolate(frames.flatten(0, 1), size=(size, size), mode=interpolation, **options)
     return flat.view(*frames.shape[:3], size, size)
