@@ -85,9 +85,9 @@ def test_time_that_jumps_back_is_sorted_and_counted():
         ("dvs128", AEDAT2 + b"\0" + struct.pack(">4I", 300, 7, 300, 8), "a DVS128's are below 0x8000"),
         ("aedat2", b"#!AER-DAT2.0\r\n", "names no chip"),
         ("aedat2", AEDAT2.replace(b"DVS128", b"CochleaAMS1c"), "says AEChip CochleaAMS1c; known are DVS128"),
-        ("aedat2", HEADERS["aedat2"] + struct.pack(">2I", 240 << 12, 5), r"event 0 of 1 is at \(-1, 179\)"),
+        ("aedat2", HEADERS["aedat2"] + struct.pack(">2I", 240 << 12, 5), "event 0 of 1 is at (-1, 179)"),
         ("bin", b"", "no bytes"),
-        ("bin", bytes([200, 200, 0, 0, 0]), r"at \(200, 200\), off the sensor of 240 x 180"),
+        ("bin", bytes([200, 200, 0, 0, 0]), "at (200, 200), off the sensor of 240 x 180"),
         ("aedat3", b"#!AER-DAT3.1\r\n#Format: RAW\r\n", "its header has no end"),
         ("aedat3", AEDAT3.replace(b"RAW", b"Serial-TS"), "says Format Serial-TS; only RAW"),
         ("aedat3", AEDAT3 + bytes(27), f"cut short at byte {len(AEDAT3)}: 27 of the 28 bytes"),
@@ -96,7 +96,7 @@ def test_time_that_jumps_back_is_sorted_and_counted():
         ("aedat3", AEDAT3 + struct.pack("<2H6I", 1, 1, 8, 4, 0, 1, 2, 1) + bytes(64), "room for 1, 2 events"),
         ("aedat3", AEDAT3 + struct.pack("<2H6I", 1, 1, 9, 4, 0, 1, 1, 1) + bytes(64), "kind 1, 9 bytes an event"),
         ("aedat3", AEDAT3 + struct.pack("<2H8I", 1, 1, 8, 4, 0, 1, 1, 1, 1, 1 << 31), "time has 31 bits"),
-        ("aedat3", AEDAT3 + struct.pack("<2H8I", 1, 1, 8, 4, 0, 1, 1, 1, 128 << 17 | 1, 1), r"at \(128, 0\), off"),
+        ("aedat3", AEDAT3 + struct.pack("<2H8I", 1, 1, 8, 4, 0, 1, 1, 1, 128 << 17 | 1, 1), "at (128, 0), off"),
         ("npz", b"PK\x03\x04", "no sound .npz"),
         ("npy", b"\x93NUMPY\x01\x00", "no sound .npy"),
     ],
@@ -104,7 +104,7 @@ def test_time_that_jumps_back_is_sorted_and_counted():
 def test_damage_is_named(form, data, says):
     with pytest.raises(EventError, match=r"^user_3\.aedat: ") as error:
         parse_recording(data, form, where="user_3.aedat")
-    assert says in str(error.value) or re.search(says, str(error.value))
+    assert says in str(error.value)
 
 
 def test_an_odd_number_of_bytes_is_counted():
