@@ -55,12 +55,12 @@ STEPS = (4, 8, 10)
 
 
 def make_tree(source: Path, out: Path, count: int, events: int) -> list[Path]:
-    """`count` recordings in two class folders, as CIFAR10-DVS names them."""
+    """`count` recordings in two class folders of a training split, as CIFAR10-DVS names them."""
     recordings = [read_words(path) for path in sorted(source.glob("*.aedat"))]
     files = []
     for number in range(count):
         name = ("airplane", "automobile")[number % 2]
-        path = out / name / f"cifar10_{name}_{number // 2}.aedat"
+        path = out / "train" / name / f"cifar10_{name}_{number // 2}.aedat"
         path.parent.mkdir(parents=True, exist_ok=True)
         length = int(events * np.random.default_rng(number).uniform(0.6, 1.4))
         path.write_bytes(window(recordings, number, length))
@@ -85,12 +85,12 @@ def in_turns(jobs: dict, rounds: int) -> dict[str, float]:
 
 
 def spikingjelly_events(path: Path) -> dict:
-    return event_peers.spikingjelly_datasets().cifar10_dvs._load_origin_data(str(path))
+    return event_peers.spikingjelly_datasets().load_cifar10_dvs(str(path))
 
 
 def spikingjelly_frames(path: Path, T: int, by: str) -> np.ndarray:
-    utils = event_peers.spikingjelly_datasets().utils
-    return utils.integrate_events_by_fixed_frames_number(spikingjelly_events(path), by, T, SENSOR[1], SENSOR[0])
+    peer = event_peers.spikingjelly_datasets()
+    return peer.integrate_events_by_fixed_frames_number(spikingjelly_events(path), by, T, SENSOR[1], SENSOR[0])
 
 
 def tonic_events(path: Path) -> np.ndarray:
@@ -98,7 +98,7 @@ def tonic_events(path: Path) -> np.ndarray:
     import tonic.io
 
     found = tonic.io.read_aedat_header_from_file(str(path))
-    raw = tonic.io.get_aer_events_from_file(str(path), found[0], found[-1])
+    raw = tonic.io.get_aer_events_from_file(str(path), found[0], found[1])
     address = raw["address"].astype(np.int64)
     return tonic.io.make_structured_array(
         127 - (address >> 8 & 127), 127 - (address >> 1 & 127), raw["timeStamp"].astype(np.int64), 1 - (address & 1)
@@ -147,7 +147,7 @@ def one_recording(path: Path, T: int, rounds: int) -> dict[str, dict[str, float]
 
 def convert_ours(tree: Path, out: Path, T: int, workers: int) -> tuple[float, float]:
     """Seconds of writing shards, and of an epoch's reading: decoded and integrated, in batches of 32, one process."""
-    source = open_recordings(tree, format="dvs128", split="all")["train"]
+    source = open_recordings(tree, format="dvs128", sensor=SENSOR)["train"]
     begin = time.perf_counter()
     write_shards(source, out, split="train", workers=workers, progress=False)
     wrote = time.perf_counter() - begin
@@ -163,12 +163,15 @@ def convert_ours(tree: Path, out: Path, T: int, workers: int) -> tuple[float, fl
 def convert_spikingjelly(files: list[Path], out: Path, T: int, compressed: bool) -> tuple[float, float]:
     """The same by SpikingJelly's own functions and number of threads: events to .npz, those to frames in .npz."""
     peer = event_peers.spikingjelly_datasets()
-    peer.configure.save_datasets_compressed = compressed
+    from spikingjelly import configure
+
+    # which its variable SJ_SAVE_DATASETS_COMPRESSED decides at import
+    peer.utils.np_savez = np.savez_compressed if compressed else np.savez
     events, frames = out / "events_np", out / f"frames_number_{T}_split_by_number"
     events.mkdir(parents=True)
     frames.mkdir()
     begin = time.perf_counter()
-    with ThreadPoolExecutor(peer.configure.max_threads_number_for_datasets_preprocess) as pool:
+    with ThreadPoolExecutor(configure.max_threads_number_for_datasets_preprocess) as pool:
         jobs = [
             pool.submit(peer.cifar10_dvs._read_aedat_save_to_np, path, events / f"{path.stem}.npz") for path in files
         ]

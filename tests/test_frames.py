@@ -17,6 +17,7 @@ from recordings import (
     slow_voxels,
 )
 
+from psn_train.data.batched_frames import PackedEvents, integrate_packed_duration
 from psn_train.data.events import EVENT_DTYPE, Recording, make_events
 from psn_train.data.frames import (
     ROUNDINGS,
@@ -50,6 +51,19 @@ def tonic_events(recording: Recording) -> np.ndarray:
 
 
 @pytest.mark.parametrize("by", ["number", "time"])
+def test_a_duration_of_the_wrong_unit_does_not_fill_the_memory():
+    events = np.zeros(2, EVENT_DTYPE)
+    events["t"] = 0, 10**9
+    recording = Recording(events, (4, 4))
+    for make in (
+        lambda **k: integrate_by_duration(recording, 1, **k),
+        lambda **k: integrate_packed_duration(PackedEvents.pack([recording], with_time=True), 1, **k)[0],
+    ):
+        with pytest.raises(ValueError, match=r"1,000,000,000 frames .* at most 65,536 .* max_steps"):
+            make()
+        assert make(max_steps=3).shape[0] == 3
+
+
 def test_equals_spikingjelly(recordings, by):
     theirs = spikingjelly_datasets().integrate_events_by_fixed_frames_number
     for number, recording in enumerate(recordings):

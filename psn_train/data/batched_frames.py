@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from psn_train.data.batched_augment import to_device
 from psn_train.data.events import Recording
-from psn_train.data.frames import addresses, check_addresses, check_duration, check_frames, num_frames
+from psn_train.data.frames import addresses, bounded_frames, check_addresses, check_duration, check_frames, num_frames
 
 __all__ = ["PackedEvents", "integrate_packed", "integrate_packed_duration", "resize_frames", "voxel_packed"]
 
@@ -221,12 +221,14 @@ def integrate_packed_duration(
     Returns:
         frames: float32 [T', N, 2, H, W], T' the most frames that a recording of the batch has, zeros after its last.
         mask: bool [T', N], true for a recording's own frames; each has at least one.
+
+    Raises:
+        ValueError: it is more than `frames.MOST_FRAMES`.
     """
     check_duration(duration_us, max_steps)
     durations = _durations(packed)
     own = num_frames(duration_us, durations)
-    T = int(own.max(initial=1))
-    T = T if max_steps is None else min(T, max_steps)
+    T = bounded_frames(duration_us, int(durations.max(initial=0)), max_steps)
     steps = np.arange(T + 1)
     # a recording's last frame runs to its end
     times = np.where(steps < own[:, None], steps * duration_us, np.iinfo(np.int64).max)

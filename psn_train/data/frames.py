@@ -35,6 +35,8 @@ __all__ = [
 ]
 
 ROUNDINGS = ("spikingjelly", "tonic")
+# of one recording under a fixed duration: more are a slip of units, and would fill the memory
+MOST_FRAMES = 1 << 16
 
 
 def check_frames(T: int, by: str = "number", rounding: str = "spikingjelly") -> None:
@@ -115,8 +117,8 @@ def _edges_by_time(t: np.ndarray, T: int, rounding: str) -> np.ndarray:
 def _edges_by_duration(t: np.ndarray, duration_us: int, max_steps: int | None) -> np.ndarray:
     if len(t) == 0:
         return np.zeros(2, dtype=np.int64)
-    T = int(num_frames(duration_us, int(t[-1] - t[0])))
-    cut = T if max_steps is None else min(T, max_steps)
+    recording_us = int(t[-1] - t[0])
+    T, cut = int(num_frames(duration_us, recording_us)), bounded_frames(duration_us, recording_us, max_steps)
     edges = np.searchsorted(t, t[0] + np.arange(cut + 1, dtype=np.int64) * duration_us)
     if cut == T:
         edges[-1] = len(t)
@@ -149,6 +151,22 @@ def frame_numbers_by_time(t: np.ndarray, T: int, rounding: str = "spikingjelly")
     """
     check_frames(T, rounding=rounding)
     return _numbers(_edges_by_time(t, T, rounding), len(t))
+
+
+def bounded_frames(duration_us: int, recording_us: int, max_steps: int | None) -> int:
+    """`num_frames`, at most `max_steps`.
+
+    Raises:
+        ValueError: more than MOST_FRAMES.
+    """
+    T = int(num_frames(duration_us, recording_us))
+    T = T if max_steps is None else min(T, max_steps)
+    if T > MOST_FRAMES:
+        raise ValueError(
+            f"frames: duration_us = {duration_us} makes {T:,} frames of a recording of {recording_us:,} us, and at most "
+            f"{MOST_FRAMES:,} are made; give a longer duration_us, or max_steps"
+        )
+    return T
 
 
 def frame_numbers_by_duration(t: np.ndarray, duration_us: int, max_steps: int | None = None) -> tuple[np.ndarray, int]:
