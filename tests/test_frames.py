@@ -51,19 +51,6 @@ def tonic_events(recording: Recording) -> np.ndarray:
 
 
 @pytest.mark.parametrize("by", ["number", "time"])
-def test_a_duration_of_the_wrong_unit_does_not_fill_the_memory():
-    events = np.zeros(2, EVENT_DTYPE)
-    events["t"] = 0, 10**9
-    recording = Recording(events, (4, 4))
-    for make in (
-        lambda **k: integrate_by_duration(recording, 1, **k),
-        lambda **k: integrate_packed_duration(PackedEvents.pack([recording], with_time=True), 1, **k)[0],
-    ):
-        with pytest.raises(ValueError, match=r"1,000,000,000 frames .* at most 65,536 .* max_steps"):
-            make()
-        assert make(max_steps=3).shape[0] == 3
-
-
 def test_equals_spikingjelly(recordings, by):
     theirs = spikingjelly_datasets().integrate_events_by_fixed_frames_number
     for number, recording in enumerate(recordings):
@@ -264,3 +251,16 @@ def test_other_errors():
         integrate_by_duration(events, 10, (7, 5), max_steps=0)
     with pytest.raises(ValueError, match=r"recording's is \(7, 5\)"):
         integrate(Recording(events, (7, 5)), 4, sensor=(8, 5))
+
+
+def test_a_duration_of_the_wrong_unit_does_not_fill_the_memory():
+    events = np.zeros(2, EVENT_DTYPE)
+    events["t"] = 0, 10**9
+    recording = Recording(events, (4, 4))
+    for make in (
+        lambda **k: integrate_by_duration(recording, 1, **k),
+        lambda **k: integrate_packed_duration(PackedEvents.pack([recording], with_time=True), 1, **k)[0],
+    ):
+        with pytest.raises(ValueError, match=r"1,000,000,000 frames .* at most 65,536 .* max_steps"):
+            make()
+        assert make(max_steps=3).shape[0] == 3

@@ -163,8 +163,8 @@ def bounded_frames(duration_us: int, recording_us: int, max_steps: int | None) -
     T = T if max_steps is None else min(T, max_steps)
     if T > MOST_FRAMES:
         raise ValueError(
-            f"frames: duration_us = {duration_us} makes {T:,} frames of a recording of {recording_us:,} us, and at most "
-            f"{MOST_FRAMES:,} are made; give a longer duration_us, or max_steps"
+            f"frames: duration_us = {duration_us} makes {T:,} frames of a recording of {recording_us:,} us, and "
+            f"at most {MOST_FRAMES:,} are made; give a longer duration_us, or max_steps"
         )
     return T
 
