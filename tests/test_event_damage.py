@@ -123,6 +123,15 @@ def test_marks_of_synchronisation_are_no_events_of_a_dvs128():
     assert recording.events["t"].tolist() == [1, 5] and recording.repairs == {"not_polarity": 3}
 
 
+def test_words_of_a_davis_that_are_no_events():
+    """A pixel, the external input (bit 10), a sample of a frame, one of the IMU (bit 31), a pixel."""
+    words = [(179 << 22 | 239 << 12, 1), (1 << 10, 2), (1 << 31, 3), (1 << 31 | 3 << 10, 4), (1 << 11, 5)]
+    data = HEADERS["aedat2"] + b"".join(struct.pack(">II", *word) for word in words)
+    recording = parse_recording(data, "aedat2")
+    assert recording.events.tolist() == [(1, 0, 0, 0), (5, 239, 179, 1)]
+    assert recording.repairs == {"not_polarity": 3}
+
+
 def test_places_of_aedat3_that_are_no_events_are_counted():
     def packet(kind, source, events, capacity):
         head = struct.pack("<2H6I", kind, source, 8, 4, 0, capacity, len(events), len(events))
@@ -175,6 +184,15 @@ def test_arrays_that_are_no_events(changes, says):
     arrays = {name: values for name, values in (COLUMNS | changes).items() if values is not None}
     with pytest.raises(EventError, match=says):
         parse_recording(npz(**arrays), "npz")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_arrays_of_one_name_are_refused():
+    out = io.BytesIO(npz(**COLUMNS))
+    with zipfile.ZipFile(out, "a") as archive:
+        archive.writestr("t.npy", archive.read("x.npy"))
+    with pytest.raises(EventError, match="two arrays of one name among t, x, y, p, t"):
+        parse_recording(out.getvalue(), "npz")
 
 
 def test_sizes_that_arrays_claim_are_not_allocated():

@@ -167,9 +167,8 @@ def _header(data: bytes, where: str) -> tuple[bytes, int]:
 def _raw_header(data: bytes, version: str, where: str) -> tuple[bytes, int]:
     header, start = _header(data, where)
     found = _EVT.search(header)
-    if found is None or found[1].decode() not in (version, f"{version}.0"):
-        says = f"says EVT {found[1].decode()}" if found else "names no EVT format"
-        raise EventError(f"{where}: its header {says}; wanted EVT {version}.0")
+    if found and found[1].decode() not in (version, f"{version}.0"):
+        raise EventError(f"{where}: its header says EVT {found[1].decode()}; wanted EVT {version}.0")
     if _BIG_ENDIAN.search(header):
         raise EventError(f"{where}: its header says big endian; only little endian can be read")
     return header, start
