@@ -5,11 +5,13 @@
 RECORDINGS is a folder of DVS128 recordings in AEDAT 2.0, the format of CIFAR10-DVS, of which `--count` files of about
 `--events` events are made (`cifar10dvs_standin.py`). Three tables:
 
-1. Read and integrate one recording, one thread, in turns, medians: from the bytes of the AEDAT file to frames.
+1. Read and integrate one recording, one thread, in turns, medians of CPU time: from the AEDAT file to frames.
 2. Convert all recordings to what training reads, compression included, and read all of it once as an epoch does.
    SpikingJelly with its own settings (16 threads, compressed files) and with compression turned off; tonic with its
    disk cache, in one process, which is what it has.
 3. Bytes on the disk for each recording, with what must be kept for T = 4, 8 and 10.
+
+Freed memory is kept by the process (`psn_train.data.memory`), for the peers, too.
 
 No figure is printed unless the frames agree to the event: ours with SpikingJelly's, and ours under tonic's rounding
 with tonic's. The last line is JSON.
@@ -46,6 +48,7 @@ from psn_train.data.events import read_recording
 from psn_train.data.events.codec import decode_events, encode_events
 from psn_train.data.frames import integrate
 from psn_train.data.index import load_index
+from psn_train.data.memory import keep_freed_memory
 from psn_train.data.reader import SampleReader
 from psn_train.data.shards import write_shards
 from psn_train.data.sources.recordings import open_recordings
@@ -69,15 +72,15 @@ def make_tree(source: Path, out: Path, count: int, events: int) -> list[Path]:
 
 
 def in_turns(jobs: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each job; the jobs take turns, so that drift meets all alike."""
+    """Median CPU seconds of each job on its thread; the jobs take turns, so that drift meets all alike."""
     times: dict[str, list[float]] = {name: [] for name in jobs}
     for turn in range(rounds + 1):
         for name, job in jobs.items():
-            begin = time.perf_counter()
+            begin = time.thread_time()
             job()
             # the first round warms up
             if turn:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(time.thread_time() - begin)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -244,6 +247,7 @@ def main() -> None:
 
 def run(options, folder: Path) -> None:
     console, T = Console(width=110), options.T
+    keep_freed_memory()
     tree = folder / "tree"
     files = make_tree(options.recordings, tree, options.count, options.events)
     single = folder / "single.aedat"

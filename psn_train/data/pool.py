@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from psn_train.data.index import ShardError
+from psn_train.data.memory import keep_freed_memory
 
 _counter = None
 _stop = None
@@ -88,6 +89,7 @@ def _start_worker(counter, stop, parent: int) -> None:
     # the parent decides what an interrupt means; it reaches every process of the terminal
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    keep_freed_memory()
 
 
 def _end_with_parent(parent: int) -> None:

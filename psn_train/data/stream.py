@@ -25,6 +25,7 @@ from psn_train.data.images import (
     train_transform,
 )
 from psn_train.data.index import ShardError, ShardIndex
+from psn_train.data.memory import keep_freed_memory
 from psn_train.data.order import stream_positions
 from psn_train.data.reader import SampleReader
 from psn_train.recipe import Plan, Recipe
@@ -156,6 +157,7 @@ class EvalStream(Dataset):
 def _one_thread(worker: int) -> None:
     # a decoding process with as many threads as cores fights the others for them
     torch.set_num_threads(1)
+    keep_freed_memory()
 
 
 def make_loader(
