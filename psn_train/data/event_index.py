@@ -41,9 +41,9 @@ def check_kind(index: ShardIndex, recipe: Recipe, key: str) -> None:
     if wanted is not None and (found is None or found["rule"] != wanted):
         says = f"were split by {split_words(found)}" if found is not None else "say nothing of their split"
         raise ShardError(
-            f"{key}: the shards in {index.location} {says}, and the recipe's events.split is {wanted}: some of its test "
-            f"samples may be training samples there. Take shards of that split, as `psn shards` writes them; only a "
-            f"recipe that is not trained yet may say events.split: {found['rule'] if found is not None else 'null'}"
+            f"{key}: the shards in {index.location} {says}, and the recipe's events.split is {wanted}: some of its "
+            "test samples may be training samples there. Take shards of that split, as `psn shards` writes them; only "
+            f"a recipe that is not trained yet may say events.split: {found['rule'] if found is not None else 'null'}"
         )
 
 

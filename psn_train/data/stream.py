@@ -1,21 +1,24 @@
-"""Shards -> batches of uint8 images, for training and for evaluation.
+"""Shards -> batches of uint8 images or of packed recordings, for training and for evaluation.
 
 Training: micro-batch `m` of a rank is a function of the recipe and of `m`, so a loader starts anywhere without reading
 what came before. Evaluation: batch `b` belongs to rank `b % world_size`; every sample is seen exactly once. Samples
 that are held out of the training shards are never trained on, and are evaluated as validation shards would be.
 
 A sample that cannot be read is named in the batch's `bad` list. Its place is taken by a copy of the next good sample of
-the micro-batch (training) or by an image of zeros that no class counts for (evaluation).
+the micro-batch (training) or by an image of zeros, a recording without events, of no class (evaluation).
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from psn_train.data.batched_frames import PackedEvents
+from psn_train.data.event_stream import EventSamples
 from psn_train.data.images import (
     BadSample,
     decode_image,
@@ -34,7 +37,7 @@ from psn_train.recipe import Plan, Recipe
 class Batch:
     """Samples of one rank on their way to its device."""
 
-    inputs: torch.Tensor  # uint8 [N, C, H, W]
+    inputs: torch.Tensor | PackedEvents  # images uint8 [N, C, H, W], or recordings
     targets: torch.Tensor  # int64 [N]; -1 for a bad sample of the evaluation
     ids: np.ndarray  # int64 [N], places in the index
     epochs: np.ndarray  # int64 [N]

@@ -79,13 +79,6 @@ def _frame_problems(events: Events) -> list[str]:
         events.rounding == "tonic" and events.frames not in ("number", "time"),
         f"events.rounding: got tonic, but frames: {events.frames} leaves nothing to round; leave it out",
     )
-    for key in ("roll", "rotate", "cutout"):
-        value = getattr(events, key)
-        wrong(
-            bool(events.nda_ops) and bool(value),
-            f"events.{key}: got {value}, but events.nda_ops draws roll, rotate and cutout by events.nda_strength; "
-            "leave one of the two out",
-        )
     wrong(
         not events.nda_ops and events.nda_strength != Events().nda_strength,
         f"events.nda_strength: got {events.nda_strength}, but nothing is drawn by it; set events.nda_ops, too",

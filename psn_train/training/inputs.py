@@ -8,6 +8,13 @@ from __future__ import annotations
 
 import torch
 
+from psn_train.data.batched_event_augment import augment_frames, draw_events
+from psn_train.data.batched_frames import (
+    integrate_packed,
+    integrate_packed_duration,
+    resize_frames,
+    voxel_packed,
+)
 from psn_train.data.images import Normalizer, seeded
 from psn_train.data.stream import Batch
 from psn_train.recipe import Recipe
@@ -29,7 +36,35 @@ class ImageInputs:
         return images.contiguous(memory_format=torch.channels_last)
 
 
-def open_inputs(recipe: Recipe, device: torch.device):
+class EventInputs:
+    """Recordings -> frames of counts, float32: integrated, scaled, resized, and in training augmented."""
+
+    def __init__(self, recipe: Recipe, device: torch.device):
+        self.recipe, self.device = recipe, device
+
+    def __call__(self, batch: Batch, training: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """float32 [T, N, C, H, W], and which steps are a recording's own where each has its own number of them."""
+        recipe, events = self.recipe, self.recipe.events
+        packed, mask = batch.inputs.to(self.device, non_blocking=True), None
+        if events.frames == "duration":
+            frames, mask = integrate_packed_duration(packed, events.duration_us, events.max_steps)
+        elif events.frames == "voxel":
+            frames = voxel_packed(packed, recipe.model.T, signed=recipe.model.in_chans == 1)
+        else:
+            frames = integrate_packed(packed, recipe.model.T, events.frames, events.rounding)
+        if events.scale != 1.0:
+            frames = frames * events.scale
+        frames = resize_frames(frames, recipe.data.image_size, events.antialias, recipe.augment.interpolation)
+        if training:
+            frames = augment_frames(frames, draw_events(recipe, batch.epochs, batch.ids))
+        return frames, mask
+
+    def lay_out(self, frames: torch.Tensor) -> torch.Tensor:
+        """The same frames with each [C, H, W] in channels_last."""
+        return frames.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, frames.shape[:2])
+
+
+def open_inputs(recipe: Recipe, device: torch.device) -> ImageInputs | EventInputs:
     """What makes the network's input of a batch of the recipe's kind."""
     return ImageInputs(recipe, device) if recipe.events is None else EventInputs(recipe, device)
 
