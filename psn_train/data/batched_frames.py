@@ -145,31 +145,50 @@ def _first_at(packed: PackedEvents, times: np.ndarray) -> torch.Tensor:
     return low
 
 
-def _places(packed: PackedEvents, begins: torch.Tensor, size: int) -> torch.Tensor:
-    """Where each event's frame begins in frames [T * N + 1, size] that are laid flat: [E], int32 if that is enough.
+def _repeat(values: np.ndarray, lengths: torch.Tensor, total: int) -> torch.Tensor:
+    """Each of the values, which are on the host, as often as `lengths` says, `total` in all; on the lengths' device."""
+    if lengths.device.type == "cpu":
+        # numpy copies a run at once and asks for huge pages: twenty times as fast as torch's for a batch of recordings
+        return torch.from_numpy(np.repeat(values, lengths.numpy()))
+    return torch.repeat_interleave(to_device(values, lengths.device), lengths, output_size=total)
+
+
+def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type == "cpu":
+        # numpy's memory comes in huge pages, torch's is entered page by page
+        return torch.from_numpy(np.zeros(size, dtype=str(dtype).removeprefix("torch.")))
+    return torch.zeros(size, dtype=dtype, device=device)
+
+
+def _lengths(packed: PackedEvents, begins: torch.Tensor) -> torch.Tensor:
+    """How many events each frame has, and how many follow the last: int64 [N, T + 1].
 
     Args:
-        begins: int64 [N, T + 1], the first event of each frame and the end of the last. The events that follow it have
-            the last of these frames, which nobody looks at.
-        size: of one frame.
+        begins: int64 [N, T + 1], the first event of each frame and the end of the last.
     """
-    count, T = begins.shape[0], begins.shape[1] - 1
-    device = packed.device
+    ends = to_device(packed.offsets[1:, None], packed.device)
+    return torch.diff(torch.cat([begins, ends], dim=1), dim=1)
+
+
+def _places(packed: PackedEvents, lengths: torch.Tensor, size: int) -> torch.Tensor:
+    """Where each event's frame begins in frames [T * N + 1, size] that are laid flat: [E], int32 if that is enough.
+
+    Events that belong to no frame have the last of these, which nobody looks at.
+    """
+    count, T = lengths.shape[0], lengths.shape[1] - 1
+    # as many again: voxels have a second place, one frame further on
     dtype = np.int32 if ((T + 1) * count + 1) * size < 2**31 else np.int64
     frame = np.full((count, T + 1), T * count, dtype=dtype)
     frame[:, :-1] = np.arange(T) * count + np.arange(count)[:, None]
-    ends = to_device(packed.offsets[1:, None], device)
-    lengths = torch.diff(torch.cat([begins, ends], dim=1), dim=1)
-    frame = to_device(frame * dtype(size), device)
-    return torch.repeat_interleave(frame.flatten(), lengths.flatten(), output_size=int(packed.offsets[-1]))
+    return _repeat(frame.ravel() * dtype(size), lengths.flatten(), int(packed.offsets[-1]))
 
 
 def _count(packed: PackedEvents, begins: torch.Tensor) -> torch.Tensor:
-    """Counts float32 [T, N, 2, H, W] of the events of each frame; `begins` as `_places` takes them."""
+    """Counts float32 [T, N, 2, H, W] of the events of each frame; `begins` as `_lengths` takes them."""
     width, height = packed.sensor
     count, T, size = len(packed), begins.shape[1] - 1, 2 * height * width
-    places = _places(packed, begins, size).add_(packed.address)
-    frames = torch.zeros((T * count + 1) * size, device=packed.device)
+    places = _places(packed, _lengths(packed, begins), size).add_(packed.address)
+    frames = _zeros((T * count + 1) * size, torch.float32, packed.device)
     # whole numbers: exact in any order up to 2^24 events of one pixel
     frames.index_add_(0, places, torch.ones((), device=packed.device).expand(len(places)))
     return frames[: T * count * size].view(T, count, 2, height, width)
@@ -228,25 +247,21 @@ def voxel_packed(packed: PackedEvents, T: int, signed: bool = False) -> torch.Te
     # T t = bin * span + rest; the bin begins at the first t with T t >= bin * span. What is in bin T is not used
     bins = np.arange(T + 1)
     begins = _first_at(packed, -(-bins * spans[:, None] // T))
-    places = _places(packed, begins, size)
-    ends = to_device(packed.offsets[1:, None], packed.device)
-    lengths = torch.diff(torch.cat([begins, ends], dim=1), dim=1)
-    total = int(packed.offsets[-1])
-    passed = to_device(bins * spans[:, None], packed.device).flatten()
-    rest = T * packed.t - torch.repeat_interleave(passed, lengths.flatten(), output_size=total)
-    span = to_device(spans, packed.device)
-    share = torch.repeat_interleave(span, to_device(np.diff(packed.offsets), packed.device), output_size=total) - rest
+    lengths, total = _lengths(packed, begins), int(packed.offsets[-1])
+    places = _places(packed, lengths, size)
+    rest = _repeat((bins * -spans[:, None]).ravel(), lengths.flatten(), total).add_(packed.t, alpha=T)
+    share = _repeat(spans, to_device(np.diff(packed.offsets), packed.device), total).sub_(rest)
     if signed:
         on = packed.address >= size
         places += torch.where(on, packed.address - size, packed.address)
         share, rest = torch.where(on, share, -share), torch.where(on, rest, -rest)
     else:
         places += packed.address
-    grid = torch.zeros((T + 1) * count * size + size, dtype=torch.int64, device=packed.device)
+    grid = _zeros(((T + 1) * count + 1) * size, torch.int64, packed.device)
     grid.index_add_(0, places, share)
-    grid.index_add_(0, places + count * size, rest)
+    grid.index_add_(0, places.add_(count * size), rest)
     grid = grid[: T * count * size].view(T, count, -1, height, width)
-    return grid.to(torch.float32) / span.to(torch.float32).view(-1, 1, 1, 1)
+    return grid / to_device(spans, packed.device).view(-1, 1, 1, 1)
 
 
 def resize_frames(

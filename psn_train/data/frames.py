@@ -5,8 +5,8 @@ Legend: E events of one recording, T frames, H, W pixels; 2 polarities, OFF (0) 
 A frame counts the events of each pixel and polarity, as integers. Which frame an event belongs to is said by one of the
 `frame_numbers_*` functions, -1 for none. Two libraries round differently, and both ways are here:
 
-* `spikingjelly` (2.0): by number, E // T events a frame, the last takes the rest; by time, windows of (t_end - t_0) // T
-  from their begin to before their end, the last runs to the last event. Every event is used.
+* `spikingjelly` (2.0): by number, E // T events a frame, the last takes the rest; by time, windows of
+  (t_end - t_0) // T from their begin to before their end, the last runs to the last event. Every event is used.
 * `tonic` (1.7): by number, E // T events a frame, the rest is not used; by time, the same windows, and what follows the
   last of them is not used, which is the last event at least.
 
