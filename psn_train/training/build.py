@@ -166,16 +166,19 @@ def class_count(recipe: Recipe, index: ShardIndex) -> int:
     return wanted
 
 
-def check_channels_last(model: nn.Module, device: torch.device) -> None:
-    """Refuse what corrupts memory: seen with torch 2.15 on a CPU, in the backward pass of strided 1 x 1 convolutions of
-    fewer than 8 channels in channels_last (4 to 8 channels, stride 2: "corrupted size vs. prev_size"; 8 to 16 is fine).
+def check_channels_last(model: nn.Module, device: torch.device, image_size: int) -> None:
+    """Refuse what corrupts memory: seen with torch 2.15 on a CPU, in the backward pass of strided 1 x 1 convolutions in
+    channels_last ("corrupted size vs. prev_size", segmentation faults): of 4 to 7 channels at 16 pixels and more, of 8
+    at 48, of 10 to 14 at 80; never of 8 at 34 pixels or less, nor of 16 and more at up to 384.
     """
     if device.type != "cpu":
         return
+    fewest = 8 if image_size <= 34 else 16
     for name, module in model.named_modules():
         strided = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1)
-        if strided and module.in_channels < 8:
+        if strided and module.in_channels < fewest:
             raise ValueError(
                 f"precision.channels_last: {name} has {module.in_channels} channels, and torch's CPU kernels corrupt "
-                "memory below 8; set precision.channels_last=false, or a model.args.width of at least 8"
+                f"memory below {fewest} at images of {image_size} pixels; set precision.channels_last=false, or a "
+                f"model.args.width of at least {fewest}"
             )
