@@ -5,11 +5,12 @@ import sys
 
 import pytest
 
+from psn_train.data import memory
+
 PROGRAM = """
-import resource, sys
+import resource, runpy, sys
 import numpy as np
-from psn_train.data.memory import keep_freed_memory
-if sys.argv[1] == "keep" and not keep_freed_memory():
+if sys.argv[1] == "keep" and not runpy.run_path(sys.argv[2])["keep_freed_memory"]():
     sys.exit(3)
 
 def decode():
@@ -25,7 +26,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def page_faults(how: str) -> int:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True)
+    # by its path: the package would import torch
+    done = subprocess.run([sys.executable, "-c", PROGRAM, how, memory.__file__], capture_output=True, text=True)
     if done.returncode == 3:
         pytest.skip("the C library is not glibc")
     assert done.returncode == 0, done.stderr
