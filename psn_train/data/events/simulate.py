@@ -232,32 +232,36 @@ def simulate_saccades(
     image: np.ndarray,
     *,
     sensor: tuple[int, int] = NMNIST_SENSOR,
+    dark: bool = True,
     step_us: int = 5_000,
-    threshold_on: float = 0.5,
-    threshold_off: float = 0.5,
+    threshold_on: float = 0.45,
+    threshold_off: float = 0.45,
     threshold_sigma: float = 0.03,
     refractory_us: int = 1_700,
     log_eps: float = 0.1,
     noise_hz: float = 0.3,
     rng: np.random.Generator | int | None = None,
 ) -> Recording:
-    """A bright picture on black before the simulated DVS, moved as N-MNIST's were.
+    """A digit before the simulated DVS, moved as N-MNIST's were.
 
-    The defaults are fitted to N-MNIST's recordings: about as many events of a digit, half of them ON, spread over the
-    three saccades alike, as long a pause between two events of a pixel, as much noise beside the digit.
+    The defaults are fitted to N-MNIST's recordings: about as many events of a digit, half of them ON, as many pixels
+    that see it, as long a pause between two events of a pixel, as much noise beside the digit.
 
     Args:
-        image: uint8 [H, W].
+        image: uint8 [H, W], strokes bright on 0, as MNIST has them.
         sensor: (width, height).
+        dark: show strokes dark on a bright screen. N-MNIST's recordings say so: what its files call ON lies where a
+            stroke leaves, not where it arrives.
         step_us: between two samples of the moving image, in microseconds.
-        log_eps: of a screen's black beside its white, 1.
+        log_eps: of the screen's black, where its white is 1.
         others: as in `simulate_dvs`.
     """
     if image.ndim != 2 or image.dtype != np.uint8:
         raise EventError(f"simulated saccades: image is {image.dtype} {list(image.shape)}, wanted uint8 [H, W]")
     times = np.arange(0, len(SACCADES) * SACCADE_US + step_us, step_us)
+    screen = move_image(image, saccade_path(times), sensor) / 255
     return simulate_dvs(
-        move_image(image, saccade_path(times), sensor) / 255,
+        1 - screen if dark else screen,
         times,
         threshold_on=threshold_on,
         threshold_off=threshold_off,
