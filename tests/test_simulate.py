@@ -169,7 +169,7 @@ def test_a_function_of_time_is_seen_as_its_images():
         ({"images": np.zeros((3, 2, 2))}, r"images \[3, 2, 2\] for 2 times; wanted \[2, H, W\]"),
         ({"images": np.full((2, 2, 2), -1.0)}, "image 0 has negative or non-finite intensities"),
         ({"images": np.full((2, 2, 2), np.nan)}, "image 0 has negative or non-finite intensities"),
-        ({"images": lambda t: np.zeros((2, 2 + (t > 0)))}, r"image 1 has shape \[2, 3\], wanted \[2, 2\]"),
+        ({"images": lambda t: np.zeros((2, 2 + (t > 0)))}, r"image 1 has shape \[2, 3\], wanted \[H, W\], the same"),
         ({"times_us": [5, 5]}, "finite and rising"),
         ({"times_us": []}, "F >= 1"),
         ({"threshold_on": 0.0}, "threshold_on is 0.0, wanted a number above 0"),

@@ -9,7 +9,7 @@ linear, so one interval may hold several events of a pixel, each at its own time
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -64,25 +64,24 @@ def simulate_dvs(
     ):
         if not 0 <= value < np.inf:
             raise EventError(f"simulated DVS: {name} is {value}, wanted a number of at least 0")
-    at = images if callable(images) else images.__getitem__
-    if not callable(images) and (images.ndim != 3 or len(images) != len(times)):
-        raise EventError(
-            f"simulated DVS: images {list(images.shape)} for {len(times)} times; wanted [{len(times)}, H, W]"
-        )
-    moments = times if callable(images) else range(len(times))
+    if not callable(images):
+        images = np.asarray(images)
+        if images.ndim != 3 or len(images) != len(times):
+            raise EventError(
+                f"simulated DVS: images {list(images.shape)} for {len(times)} times; wanted [{len(times)}, H, W]"
+            )
+        seen, shape = iter(_log_intensity(images.reshape(len(times), -1), log_eps)), images.shape[1:]
+    else:
+        seen, shape = _see(images, times, log_eps), np.shape(images(times[0]))
 
     rng = np.random.default_rng(rng)
+    before = next(seen)
+    reference = before.copy()
+    on, off = (_thresholds(mean, threshold_sigma, len(before), rng) for mean in (threshold_on, threshold_off))
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    before = reference = shape = None
-    for number, moment in enumerate(moments):
-        image = np.asarray(at(moment))
-        log = _log_intensity(image, log_eps, number, shape)
-        if reference is None:
-            shape, reference = image.shape, log.copy()
-            on, off = (_thresholds(t, threshold_sigma, len(log), rng) for t in (threshold_on, threshold_off))
-        else:
-            parts += _crossings(before, log, reference, times[number - 1], times[number], on, off)
-        before = log
+    for number, after in enumerate(seen):
+        parts += _crossings(before, after, reference, times[number], times[number + 1], on, off)
+        before = after
     pixels = shape[0] * shape[1]
     if noise_hz:
         parts.append(_noise(pixels, times, noise_hz, rng))
@@ -96,6 +95,7 @@ def simulate_dvs(
 
 
 _NONE = np.zeros(0, np.int64)
+_HAIR = 1e-9
 
 
 def _checked_times(times_us: np.ndarray) -> np.ndarray:
@@ -110,16 +110,30 @@ def _check_positive(name: str, value: float) -> None:
         raise EventError(f"simulated DVS: {name} is {value}, wanted a number above 0")
 
 
-def _log_intensity(image: np.ndarray, log_eps: float, number: int, shape: tuple | None) -> np.ndarray:
-    """[H, W] -> [H * W], float64."""
-    if image.ndim != 2 or (shape is not None and image.shape != shape):
-        raise EventError(f"simulated DVS: image {number} has shape {list(image.shape)}, wanted {list(shape or 'HW')}")
-    intensity = image.astype(np.float64).reshape(-1)
-    if image.dtype == np.uint8:
-        intensity /= 255
-    if not (intensity >= 0).all() or not np.isfinite(intensity).all():
-        raise EventError(f"simulated DVS: image {number} has negative or non-finite intensities")
-    return np.log(intensity + log_eps)
+def _see(images: Callable[[float], np.ndarray], times: np.ndarray, log_eps: float) -> Iterator[np.ndarray]:
+    """One log intensity [H * W] after the other."""
+    shape = None
+    for number, time in enumerate(times.tolist()):
+        image = np.asarray(images(time))
+        shape = shape or image.shape
+        if image.ndim != 2 or image.shape != shape:
+            raise EventError(
+                f"simulated DVS: image {number} has shape {list(image.shape)}, wanted [H, W], the same for all"
+            )
+        yield _log_intensity(image.reshape(1, -1), log_eps, number)[0]
+
+
+def _log_intensity(images: np.ndarray, log_eps: float, first: int = 0) -> np.ndarray:
+    """[F, H * W] -> the same, float64."""
+    intensities = images.astype(np.float64)
+    if images.dtype == np.uint8:
+        intensities /= 255
+    wrong = ~((intensities >= 0) & (intensities < np.inf))
+    if wrong.any():
+        raise EventError(
+            f"simulated DVS: image {first + int(wrong.any(axis=1).argmax())} has negative or non-finite intensities"
+        )
+    return np.log(intensities + log_eps)
 
 
 def _thresholds(mean: float, sigma: float, pixels: int, rng: np.random.Generator) -> np.ndarray:
@@ -137,13 +151,13 @@ def _crossings(
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(t, pixel, p) of the levels crossed between two samples, the ON and the OFF; `reference` is moved on."""
     found = []
+    rise = after - reference
     for p, sign, threshold in ((1, 1.0, on), (0, -1.0, off)):
         # a level that rounding put a hair beyond the sample is reached
-        count = np.floor(sign * (after - reference) / threshold + 1e-9).astype(np.int64)
-        (pixels,) = np.nonzero(count > 0)
+        pixels = np.flatnonzero(sign * rise >= threshold * (1 - _HAIR))
         if not len(pixels):
             continue
-        count = count[pixels]
+        count = np.floor(sign * rise[pixels] / threshold[pixels] + 2 * _HAIR).astype(np.int64)
         pixel = np.repeat(pixels, count)
         # 1, 2, ... for each pixel's own levels
         rank = np.arange(len(pixel)) - np.repeat(np.cumsum(count) - count, count) + 1
