@@ -40,7 +40,7 @@ class Recording:
     @property
     def duration_us(self) -> int:
         """From the first event to the last; 0 for fewer than two."""
-        return int(self.events["t"][-1] - self.events["t"][0]) if len(self.events) else 0
+        return int(self.events["t"][-1]) - int(self.events["t"][0]) if len(self.events) else 0
 
 
 # every repair there is; a reader makes no other

@@ -1,0 +1,170 @@
+"""AEDAT 2.0, jAER's format: a text header, then big-endian pairs (address uint32, time in us uint32).
+
+An address of a DVS128 has p in bit 0, x in bits 1 to 7 and y in bits 8 to 14; bit 15 (synchronisation) or bit 31
+(special) marks what is no event of the sensor. An address of a DAVIS has p in bit 11, x in bits 12 to 21 and y in bits
+22 to 30; bit 31 marks samples of APS frames and of the IMU, bit 10 events of its external input. On the chips x counts
+from the right and y from the bottom, the DVS128's p is 1 for OFF, the DAVIS's is 1 for ON. All this is as jAER's
+event extractors have it (SensorsINI/jaer: DVS128, DavisBaseCamera).
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+
+from psn_train.data.events.checks import checked, unwrap, whole_events
+from psn_train.data.events.recording import EventError, Recording
+
+MAGIC = b"#!AER-DAT2.0"
+# start of the chip's name in jAER -> (layout, sensor)
+CHIPS = {
+    "DVS128": ("dvs128", (128, 128)),
+    "DAVIS240": ("davis", (240, 180)),
+    "DAVIS346": ("davis", (346, 260)),
+}
+_EVENT_BYTES = 8
+_CHIP = re.compile(rb"#\s*AEChip:\s*(\S+)")
+_PRINTABLE = bytes(range(32, 127)) + b"\t\r"
+
+
+def read_dvs128(data: bytes, where: str = "recording", sensor: tuple[int, int] | None = None) -> Recording:
+    """AEDAT 2.0 of a DVS128 in CIFAR10-DVS's convention, which is SpikingJelly's and that of the papers since.
+
+    x' = 127 - y_raw, y' = 127 - x_raw, p' = 1 - p_raw: the picture that jAER shows, mirrored at its main diagonal, so
+    that what is to the right in it is below here. p' is 1 for ON. The same events as `read_aedat2` gives with x and
+    y exchanged. SpikingJelly does not look at bits 15 to 31, and takes marks of synchronisation for events.
+
+    Args:
+        sensor: (width, height) that the addresses must be on; 128 x 128 if None.
+
+    Raises:
+        EventError: no header of AEDAT 2.0, one that is cut or names another chip, or addresses that are no DVS128's.
+    """
+    chip, start = _header(data, where)
+    if chip is not None and _layout(chip) != CHIPS["DVS128"]:
+        raise EventError(f"{where}: its header says AEChip {chip}, not DVS128; read it with format 'aedat2'")
+    t, x, y, p, repairs = _dvs128_columns(data, start, where)
+    return checked(where, t, y, x, p, sensor or (128, 128), repairs)
+
+
+def read_aedat2(data: bytes, where: str = "recording", sensor: tuple[int, int] | None = None) -> Recording:
+    """AEDAT 2.0 of the chip that its header names, upright as jAER shows it: x from the left, y from the top, p 1 = ON.
+
+    Words of APS frames, IMU samples and other special events are counted as `not_polarity`.
+
+    Args:
+        sensor: (width, height) that the addresses must be on; the chip's own if None.
+
+    Raises:
+        EventError: no header of AEDAT 2.0, one that is cut or names no known chip, or addresses off the sensor.
+    """
+    chip, start = _header(data, where)
+    if chip is None:
+        raise EventError(
+            f"{where}: its header names no chip (no line '# AEChip: ...'), so the layout of its addresses is not "
+            "known. Files of a DVS128, CIFAR10-DVS's among them, are read with format 'dvs128'"
+        )
+    layout, size = _layout(chip) or (None, None)
+    if layout is None:
+        raise EventError(f"{where}: its header says AEChip {chip}; known are {', '.join(CHIPS)}")
+    read = _dvs128_columns if layout == "dvs128" else _davis_columns
+    t, x, y, p, repairs = read(data, start, where)
+    if layout == "davis":
+        x, y = size[0] - 1 - x, size[1] - 1 - y
+    return checked(where, t, x, y, p, sensor or size, repairs)
+
+
+def chip_of(data: bytes, where: str = "recording") -> str | None:
+    """The chip that the header names, without its package; None if it names none."""
+    return _header(data, where)[0]
+
+
+def _layout(chip: str):
+    return next((found for name, found in CHIPS.items() if chip.upper().startswith(name)), None)
+
+
+def _header(data: bytes, where: str) -> tuple[str | None, int]:
+    """(chip, first byte after the header). A line of the header starts with '#' and is text.
+
+    An event may start with the byte of '#' too, but is no text. The preferences that jAER writes are taken as they
+    are, as they may hold text of any encoding.
+    """
+    if not data.startswith(MAGIC):
+        raise EventError(
+            f"{where}: no AEDAT 2.0: it starts with {data[:16]!r} and not with {MAGIC.decode()!r}. "
+            "If it is a recording of another format, name that"
+        )
+    position, chip, in_preferences = 0, None, False
+    while data[position : position + 1] == b"#":
+        end = data.find(b"\n", position)
+        line = data[position : end if end >= 0 else None]
+        if not in_preferences and position and not _is_text(line):
+            break
+        if end < 0:
+            raise EventError(f"{where}: cut short inside its header, which has no end; get the file anew")
+        position = end + 1
+        # which text a line is, however it is spaced
+        says = b"".join(line.lower().split())
+        if says.startswith(b"#startofpreferences"):
+            in_preferences = True
+        elif says.startswith(b"#endofpreferences"):
+            in_preferences = False
+        elif says == b"#endofasciiheader":
+            break
+        elif chip is None and not in_preferences and (match := _CHIP.match(line)):
+            chip = match[1].decode("ascii", "replace").rpartition(".")[2]
+    if in_preferences:
+        raise EventError(f"{where}: cut short inside its header: its preferences have no end; get the file anew")
+    return chip, position
+
+
+def _is_text(line: bytes) -> bool:
+    rest = line.translate(None, _PRINTABLE)
+    if not rest:
+        return True
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return min(rest) >= 128
+
+
+def _words(data: bytes, start: int, repairs: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """(address uint32 [W], time int64 us [W]) of all words, whatever they are."""
+    count = whole_events(len(data) - start, _EVENT_BYTES, repairs)
+    words = np.frombuffer(data, ">u4", 2 * count, start).reshape(count, 2)
+    t, repairs["wraps"] = unwrap(words[:, 1], 32)
+    return words[:, 0].astype(np.uint32), t
+
+
+def _dvs128_columns(data: bytes, start: int, where: str) -> tuple:
+    """(t, x from the left, y from the top, p 1 = ON, repairs)."""
+    repairs: dict[str, int] = {}
+    address, t = _words(data, start, repairs)
+    if len(address) and address.max() >= 0x8000:
+        special = address & 0x80008000 != 0
+        stray = ~special & (address >= 0x8000)
+        if stray.any():
+            first = int(np.argmax(stray))
+            raise EventError(
+                f"{where}: word {first} of {len(address)} has the address 0x{address[first]:08x}; a DVS128's are below "
+                f"0x8000, as {int(stray.sum())} are not. Either the file is damaged, or it is of another camera"
+            )
+        repairs["not_polarity"] = int(special.sum())
+        address, t = address[~special], t[~special]
+    x = 127 - (address >> 1 & 127).astype(np.int16)
+    y = 127 - (address >> 8).astype(np.int16)
+    return t, x, y, 1 - (address & 1), repairs
+
+
+def _davis_columns(data: bytes, start: int, where: str) -> tuple:
+    """(t, x_raw, y_raw, p 1 = ON, repairs)."""
+    repairs: dict[str, int] = {}
+    address, t = _words(data, start, repairs)
+    other = address & 0x80000400 != 0
+    repairs["not_polarity"] = int(other.sum())
+    address, t = address[~other], t[~other]
+    x = (address >> 12 & 1023).astype(np.int16)
+    y = (address >> 22 & 511).astype(np.int16)
+    return t, x, y, address >> 11 & 1, repairs

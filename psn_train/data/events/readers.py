@@ -1,0 +1,68 @@
+"""One way to read a recording, whatever its format."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from psn_train.data.events.aedat2 import chip_of, read_aedat2, read_dvs128
+from psn_train.data.events.arrays import read_npy, read_npz
+from psn_train.data.events.atis_bin import read_bin
+from psn_train.data.events.recording import EventError, Recording
+
+_READERS = {
+    "dvs128": read_dvs128,
+    "aedat2": read_aedat2,
+    "bin": read_bin,
+    "npz": read_npz,
+    "npy": read_npy,
+}
+FORMATS = tuple(_READERS)
+
+
+def read_recording(path: str | os.PathLike, format: str | None = None, sensor=None) -> Recording:
+    """The recording in a file.
+
+    Args:
+        format: one of FORMATS; None: told by the file's beginning and its suffix (`guess_format`).
+        sensor: (width, height) in pixels that the addresses must be on; None: as the format or its header has it, else
+            as its reader says.
+
+    Raises:
+        EventError: the file is damaged, or of another format. Says where, what was found and what was wanted.
+        OSError: there is no such file.
+    """
+    path = Path(path)
+    data = path.read_bytes()
+    where = str(path)
+    return parse_recording(data, guess_format(data, path.suffix, where) if format is None else format, sensor, where)
+
+
+def parse_recording(data: bytes, format: str, sensor=None, where: str = "recording") -> Recording:
+    """The recording in bytes, such as a member of a zip; `where` names them in errors. As `read_recording` otherwise."""
+    if format not in _READERS:
+        raise EventError(f"{where}: format {format!r}; known are {', '.join(FORMATS)}")
+    return _READERS[format](bytes(data), where=where, sensor=sensor)
+
+
+def guess_format(data: bytes, suffix: str, where: str = "recording") -> str:
+    """The format that a file with this beginning and this suffix is in.
+
+    AEDAT 2.0 that names no chip is taken for a DVS128 in CIFAR10-DVS's convention (`dvs128`).
+
+    Raises:
+        EventError: it is none of FORMATS.
+    """
+    suffix = suffix.lower()
+    if data.startswith(b"#!AER-DAT2"):
+        return "dvs128" if chip_of(data, where) is None else "aedat2"
+    if data.startswith(b"\x93NUMPY"):
+        return "npy"
+    if data.startswith(b"PK\x03\x04") and suffix == ".npz":
+        return "npz"
+    if suffix == ".bin":
+        return "bin"
+    raise EventError(
+        f"{where}: the format is not told by its beginning {data[:16]!r} and its suffix {suffix!r}; give one of "
+        f"{', '.join(FORMATS)}"
+    )

@@ -1,0 +1,60 @@
+"""SpikingJelly's and tonic's code for recordings, as the tests and benchmarks of events compare with it."""
+
+import importlib.machinery
+import sys
+import types
+from types import SimpleNamespace
+
+import pytest
+
+
+def spikingjelly_datasets() -> SimpleNamespace:
+    """SpikingJelly 2.0's dataset code, whatever state torchaudio is in.
+
+    Returns:
+        load_cifar10_dvs(file) -> {t, x, y, p}: one .aedat file as CIFAR10-DVS's conversion reads it.
+        load_aedat_v3(file), load_ATIS_bin(file) -> {t, x, y, p}; load_npz_frames(file) -> float32 [T, 2, H, W].
+        integrate_events_by_fixed_frames_number(events, split_by, frames_num, H, W) -> [T, 2, H, W].
+        integrate_events_by_fixed_duration(events, duration, H, W) -> [T, 2, H, W].
+        utils, cifar10_dvs, dvs128_gesture, n_mnist, n_caltech101, transform: its modules.
+
+    Skips the test if SpikingJelly is not installed.
+    """
+    pytest.importorskip("spikingjelly", reason="SpikingJelly is not installed (2.0 needs Python 3.11)")
+    if "spikingjelly.datasets" not in sys.modules:
+        # its package imports torchaudio for Speech Commands, and a torchaudio of another CUDA than torch's raises
+        real = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "torchaudio"}
+        stub = types.ModuleType("torchaudio")
+        stub.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+        sys.modules["torchaudio"] = stub
+        try:
+            import spikingjelly.datasets  # noqa: F401
+        finally:
+            del sys.modules["torchaudio"]
+            sys.modules.update(real)
+    from spikingjelly.datasets import cifar10_dvs, dvs128_gesture, n_caltech101, n_mnist, transform, utils
+
+    return SimpleNamespace(
+        load_cifar10_dvs=cifar10_dvs._load_origin_data,
+        load_aedat_v3=utils.load_aedat_v3,
+        load_ATIS_bin=utils.load_ATIS_bin,
+        load_npz_frames=utils.load_npz_frames,
+        integrate_events_by_fixed_frames_number=utils.integrate_events_by_fixed_frames_number,
+        integrate_events_by_fixed_duration=utils.integrate_events_by_fixed_duration,
+        utils=utils,
+        cifar10_dvs=cifar10_dvs,
+        dvs128_gesture=dvs128_gesture,
+        n_mnist=n_mnist,
+        n_caltech101=n_caltech101,
+        transform=transform,
+    )
+
+
+def tonic_package():
+    """The module `tonic`; skips the test if it is not installed."""
+    pytest.importorskip("tonic", reason="tonic is not installed")
+    import tonic
+    import tonic.io
+    import tonic.transforms
+
+    return tonic
