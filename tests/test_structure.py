@@ -36,7 +36,10 @@ FRONT = {
 # the package's __init__ registers the networks
 ROOT_IMPORTS = {"models"}
 # a recipe's mistakes are reported, and shards written, without torch; these decode into tensors
-WITH_TORCH = {"data.images", "data.stream", "data.batched_augment", "data.resident"}
+WITH_TORCH = {
+    *("data.images", "data.stream", "data.batched_augment", "data.resident"),
+    *("data.batched_frames", "data.batched_event_augment"),
+}
 
 
 def python_files(folder: str) -> list[Path]:
