@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from psn_train.data.events.atis_bin import NMNIST_SENSOR
 from psn_train.data.events.recording import EventError, Recording, make_events
 
 # pixels by which the image moves (right, down) to the end of each saccade: the triangle that the data set's own
 # software takes out again (Orchard's `stabilize`: 3.5 and 7 pixels a saccade)
 SACCADES = ((3.5, 7.0), (3.5, -7.0), (-7.0, 0.0))
 SACCADE_US = 100_000
-NMNIST_SENSOR = (34, 34)
 
 
 def simulate_dvs(
