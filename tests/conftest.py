@@ -202,3 +202,22 @@ def train_in_child(tmp_path):
         return run_in_child(document, tmp_path, before, interrupt)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def dot_shards(tmp_path_factory) -> Path:
+    """Folder with train/ (60 recordings of moving dots in 3 shards) and val/ (24)."""
+    from event_data import write_dots
+
+    return write_dots(tmp_path_factory.mktemp("dots"))
+
+
+@pytest.fixture
+def small_events(dot_shards, tmp_path):
+    """Make a recipe of a tiny run on recordings: small_events(run="a", optim={"lr": 1.0}) -> document."""
+    from event_data import events_document
+
+    def make(run: str = "run", **changes) -> dict:
+        return merged(events_document(dot_shards, tmp_path / run), changes)
+
+    return make

@@ -201,8 +201,13 @@ def test_unknown_arguments_are_refused():
         CIFARNet(connect_function="ADD")
 
 
-def test_a_folder_of_two_channel_frames_is_refused_in_words(tmp_path):
-    save_for_hf(small("vgg_snn", "sliding_psn"), str(tmp_path), safe_serialization=True)
-    with pytest.raises(ValueError, match="vgg_snn_sliding_psn takes frames of 2 channels, and shards hold images"):
-        load_timm_folder(tmp_path)
-    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True).k == 2
+def test_a_folder_of_two_channel_frames_takes_recordings_as_the_authors_prepared_them(tmp_path):
+    save_for_hf(small("vgg_snn", "sliding_psn", T=8), str(tmp_path / "two"), safe_serialization=True)
+    model, recipe, _ = load_timm_folder(tmp_path / "two")
+    assert (model.k, model.T, recipe.model.T, recipe.data.image_size) == (2, 8, 8, 48)
+    events, augment = recipe.events, recipe.augment
+    assert (events.frames, events.rounding, events.antialias, events.scale) == ("number", "spikingjelly", False, 1.0)
+    assert (augment.crop, augment.interpolation) == ("none", "bilinear")
+    save_for_hf(small("vgg_snn", in_chans=4), str(tmp_path / "four"), safe_serialization=True)
+    with pytest.raises(ValueError, match="vgg_snn_psn takes frames of 4 channels, and shards hold images"):
+        load_timm_folder(tmp_path / "four")

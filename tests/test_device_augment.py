@@ -7,8 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from psn_train.data.stream import Batch
 from psn_train.recipe import check_recipe
-from psn_train.training.step import DeviceAugment
+from psn_train.training.inputs import TrainInputs
+
+
+def batch_of(images: torch.Tensor) -> Batch:
+    numbers = np.arange(len(images))
+    return Batch(images, torch.zeros(len(images), dtype=torch.int64), numbers, np.zeros_like(numbers))
 
 
 @pytest.fixture
@@ -17,9 +23,8 @@ def erased(small):
 
     def make(**augment) -> np.ndarray:
         wanted = {"mean": [0.0], "std": [1.0], "random_erasing": 1.0, **augment}
-        device_augment = DeviceAugment(check_recipe(small(augment=wanted)), 10, torch.device("cpu"))
-        images = torch.full((200, 1, 64, 64), 255, dtype=torch.uint8)
-        found, _ = device_augment(images, torch.zeros(200, dtype=torch.int64), 0, 0)
+        inputs = TrainInputs(check_recipe(small(augment=wanted)), 10, torch.device("cpu"))
+        found, _, _ = inputs(batch_of(torch.full((200, 1, 64, 64), 255, dtype=torch.uint8)), torch.zeros(200), 0, 0)
         return (found != 1).numpy()[:, 0]
 
     return make
@@ -36,7 +41,7 @@ def test_defaults_are_timms(small):
     from timm.data.random_erasing import RandomErasing
 
     recipe = check_recipe(small(augment={"random_erasing": 0.25}))
-    ours, theirs = DeviceAugment(recipe, 10, torch.device("cpu")).erase, RandomErasing(0.25, max_count=1)
+    ours, theirs = TrainInputs(recipe, 10, torch.device("cpu")).erase, RandomErasing(0.25, max_count=1)
     for name in set(vars(theirs)) - {"device"}:
         assert getattr(ours, name) == getattr(theirs, name), name
     parameters = inspect.signature(RandomErasing).parameters
@@ -59,7 +64,7 @@ def test_the_area_and_the_ratio_are_the_recipes(erased):
 def test_erasing_never_waits_for_the_device(small, mode):
     # the meta device has no values: asking for one raises
     wanted = {"random_erasing": 1.0, "random_erasing_mode": mode}
-    augment = DeviceAugment(check_recipe(small(augment=wanted)), 10, torch.device("meta"))
+    inputs = TrainInputs(check_recipe(small(augment=wanted)), 10, torch.device("meta"))
     images = torch.zeros(8, 1, 16, 16, dtype=torch.uint8, device="meta")
-    found, _ = augment(images, torch.zeros(8, dtype=torch.int64, device="meta"), 0, 0)
+    found, _, _ = inputs(batch_of(images), torch.zeros(8, dtype=torch.int64, device="meta"), 0, 0)
     assert found.shape == (8, 1, 16, 16) and found.dtype == torch.float32

@@ -52,9 +52,7 @@ def random_recording(count: int, sensor=(128, 128), seed: int = 0, longest: int 
     draw = np.random.default_rng(seed)
     t = np.cumsum(draw.integers(0, longest, count))
     p = draw.integers(0, 2, count)
-    return made(
-        t, draw.integers(0, sensor[0], count), draw.integers(0, sensor[1], count), draw.integers(0, 2, count), sensor
-    )
+    return made(t, draw.integers(0, sensor[0], count), draw.integers(0, sensor[1], count), p, sensor)
 
 
 GAPS = st.one_of(

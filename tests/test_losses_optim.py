@@ -12,7 +12,7 @@ from conftest import SMALL, merged
 from psn_train.neurons import spiking_neurons
 from psn_train.recipe import check_recipe, make_plan
 from psn_train.recipe.schema import Loss
-from psn_train.training.losses import compute_loss, mean_logits_loss, tet_loss
+from psn_train.training.losses import compute_loss, mean_logits_loss, mean_over_time, tet_loss
 from psn_train.training.optim import LearningRate, build_optimizer, masked_lambda, parameter_groups
 
 
@@ -48,6 +48,46 @@ def test_mean_logits_and_soft_targets(logits_and_labels):
         hard = compute_loss(Loss(name=name), logits, labels)
         # soft targets come smoothed from the mixing: the loss must not smooth them again
         torch.testing.assert_close(compute_loss(Loss(name=name, label_smoothing=0.3), logits, soft), hard)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mse_weight", [0.0, 1e-3])
+@pytest.mark.parametrize("name", ["tet", "mean_logits"])
+def test_masked_losses_are_means_of_each_samples_own(logits_and_labels, name, mse_weight, smoothing, soft):
+    """A loop over samples, each with its own number of steps, against one call; gradients as well."""
+    logits, labels = logits_and_labels
+    steps = [1, 3, 2, 3, 1]
+    mask = torch.arange(3)[:, None] < torch.tensor(steps)
+    targets = F.one_hot(labels, 7).double().roll(1, 0) * 0.3 + F.one_hot(labels, 7) * 0.7 if soft else labels
+    section = Loss(name=name, label_smoothing=smoothing, mse_weight=mse_weight, mse_target=0.5)
+    expected = sum(
+        compute_loss(section, logits[:own, n : n + 1], targets[n : n + 1].float() if soft else targets[n : n + 1])
+        for n, own in enumerate(steps)
+    )
+    # what stands at other samples' steps is of no interest, were it infinite
+    padded = torch.where(mask[..., None], logits, math.inf)
+    found = compute_loss(section, padded, targets.float() if soft else targets, mask)
+    torch.testing.assert_close(found, expected / 5)
+    wanted = torch.autograd.grad(expected / 5, logits)[0]
+    gradient = torch.autograd.grad(compute_loss(section, logits, targets.float() if soft else targets, mask), logits)[0]
+    torch.testing.assert_close(gradient, wanted)
+    assert not gradient[~mask].any() and gradient[mask].any()
+
+
+@pytest.mark.parametrize("name", ["tet", "mean_logits"])
+def test_a_mask_of_all_steps_changes_nothing(logits_and_labels, name):
+    logits, labels = logits_and_labels
+    section, mask = Loss(name=name, label_smoothing=0.1, mse_weight=1e-2), torch.ones(3, 5, dtype=torch.bool)
+    torch.testing.assert_close(compute_loss(section, logits, labels, mask), compute_loss(section, logits, labels))
+    torch.testing.assert_close(mean_over_time(logits, mask), logits.mean(0))
+
+
+def test_the_mean_over_time_of_any_shape():
+    torch.manual_seed(0)
+    x_seq, mask = torch.randn(4, 3, 2, 5), torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 1], [0, 0, 1]]).bool()
+    expected = torch.stack([x_seq[:2, 0].mean(0), x_seq[0, 1], x_seq[:, 2].mean(0)])
+    torch.testing.assert_close(mean_over_time(x_seq, mask), expected)
 
 
 def test_groups_hold_every_parameter_once_with_its_decay():

@@ -74,7 +74,7 @@ def test_held_out_samples_are_prepared_as_validation_shards_are(splitting):
     splits = open_splits(recipe)
     held_out = EvalStream(recipe, splits.select, HELD_OUT, 0, 1, splits.select_ids)[0]
     whole = EvalStream(recipe, SampleReader(load_index(recipe.data.train)), 150, 0, 1)[0]
-    assert np.array_equal(held_out.images.numpy(), whole.images.numpy()[splits.select_ids])
+    assert np.array_equal(held_out.inputs.numpy(), whole.inputs.numpy()[splits.select_ids])
     assert held_out.targets.tolist() == whole.targets.numpy()[splits.select_ids].tolist()
 
 

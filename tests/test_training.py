@@ -96,9 +96,9 @@ def test_loss_that_is_not_finite_stops_before_the_update(small, monkeypatch):
     document = small("nan")
     compute, seen = step.compute_loss, []
 
-    def poisoned(section, logits, targets):
+    def poisoned(*arguments):
         seen.append(1)
-        return compute(section, logits, targets) * (float("nan") if len(seen) == 5 else 1.0)
+        return compute(*arguments) * (float("nan") if len(seen) == 5 else 1.0)
 
     states = []
     run = step.Updater.run
@@ -190,8 +190,9 @@ def test_accumulation_equals_one_large_batch_without_batch_norm(small):
     from psn_train.data.stream import TrainStream
     from psn_train.recipe import make_plan
     from psn_train.training.build import build_model
+    from psn_train.training.inputs import TrainInputs
     from psn_train.training.optim import build_optimizer
-    from psn_train.training.step import DeviceAugment, Updater
+    from psn_train.training.step import Updater
 
     device, outcomes = torch.device("cpu"), []
     for bound in (24, 8):
@@ -202,9 +203,9 @@ def test_accumulation_equals_one_large_batch_without_batch_norm(small):
         torch.manual_seed(0)
         model = build_model(recipe, 10).double().eval()
         optimizer = build_optimizer(model, recipe)
-        augment = DeviceAugment(recipe, 10, device)
+        inputs = TrainInputs(recipe, 10, device)
         updater = Updater(
-            recipe, plan, model, optimizer, lambda x, y, m, r, a=augment: (a(x, y, m, r)[0].double(), y), device
+            recipe, plan, model, optimizer, lambda b, y, m, r, a=inputs: (a(b, y, m, r)[0].double(), y, None), device
         )
         stream = TrainStream(recipe, plan, reader, 0)
         for step in range(3):

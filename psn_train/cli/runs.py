@@ -66,12 +66,14 @@ def _eval(options) -> int:
     from rich.progress import Progress
     from rich.table import Table
 
+    from psn_train.data.event_index import split_of, split_words
     from psn_train.data.index import load_index
     from psn_train.publish.hub import evaluate_folder
 
-    total = load_index(options.shards).num_samples
+    index = load_index(options.shards)
+    split = split_of(index)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("evaluating", total=total)
+        task = progress.add_task("evaluating", total=index.num_samples)
         result, recipe, _ = evaluate_folder(
             options.checkpoint,
             options.shards,
@@ -93,6 +95,7 @@ def _eval(options) -> int:
                     "firing_rate": result.firing_rate,
                     "firing": result.firing,
                     "unreadable": result.bad,
+                    **({"split": {**split, "part": index.split}} if split is not None else {}),
                 }
             )
         )
@@ -101,7 +104,11 @@ def _eval(options) -> int:
     for layer, figures in result.firing.items():
         table.add_row(layer, *(f"{figures[key]:.4f}" for key in ("rate", "dead", "saturated")))
     Console().print(table)
-    print(f"{result.count} samples: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, loss {result.loss:.4f}")
+    of_split = f" of {index.split}, split {split_words(split)}" if split is not None else ""
+    print(
+        f"{result.count} samples{of_split}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
+        f"loss {result.loss:.4f}"
+    )
     return 0
 
 
@@ -122,20 +129,27 @@ def _recipe(options) -> int:
         return 0
     from psn_train.recipe.show import show_recipe
 
-    show_recipe(recipe, [options.devices] if options.devices else [1, 8], *_train_samples(recipe))
+    show_recipe(recipe, [options.devices] if options.devices else [1, 8], *_train_shards(recipe))
     return 0
 
 
-def _train_samples(recipe) -> tuple[int | None, str]:
+def _train_shards(recipe) -> tuple[int | None, str, str | None]:
+    """How many samples there are, who says so, and how recordings were split."""
+    from psn_train.data.event_index import split_text
     from psn_train.data.index import ShardError, load_index
 
     try:
         index = load_index(recipe.data.train)
     except ShardError as error:
         if recipe.data.train_samples is None:
-            return None, f"unknown: {error}"
-        return recipe.data.train_samples, "the recipe's data.train_samples; the shards are not there"
-    return index.num_samples, f"{recipe.data.train}, {len(index.shards)} shards, {len(index.classes)} classes"
+            return None, f"unknown: {error}", None
+        return recipe.data.train_samples, "the recipe's data.train_samples; the shards are not there", None
+    try:
+        test = load_index(recipe.data.test) if recipe.data.test is not None else None
+    except ShardError:
+        test = None
+    source = f"{recipe.data.train}, {len(index.shards)} shards, {len(index.classes)} classes"
+    return index.num_samples, source, split_text(index, test)
 
 
 def _doctor(options) -> int:

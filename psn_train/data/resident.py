@@ -64,7 +64,7 @@ class ResidentImages:
         self.bad: dict[int, str] = {}
         stream = EvalStream(recipe, reader, _CHUNK, rank=0, world_size=1)
         if not evaluation:
-            stream.transform = fit_transform(recipe)
+            stream.samples.transform = fit_transform(recipe)
         loader = make_loader(stream, start=0, stop=len(stream), workers=recipe.data.workers, pin_memory=False)
         for batch in loader:
             here = slice(int(batch.ids[0]), int(batch.ids[-1]) + 1)

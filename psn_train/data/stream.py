@@ -1,21 +1,24 @@
-"""Shards -> batches of uint8 images, for training and for evaluation.
+"""Shards -> batches of uint8 images or of packed recordings, for training and for evaluation.
 
 Training: micro-batch `m` of a rank is a function of the recipe and of `m`, so a loader starts anywhere without reading
 what came before. Evaluation: batch `b` belongs to rank `b % world_size`; every sample is seen exactly once. Samples
 that are held out of the training shards are never trained on, and are evaluated as validation shards would be.
 
 A sample that cannot be read is named in the batch's `bad` list. Its place is taken by a copy of the next good sample of
-the micro-batch (training) or by an image of zeros that no class counts for (evaluation).
+the micro-batch (training) or by an image of zeros, a recording without events, of no class (evaluation).
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from psn_train.data.batched_frames import PackedEvents
+from psn_train.data.event_stream import EventSamples
 from psn_train.data.images import (
     BadSample,
     decode_image,
@@ -34,7 +37,7 @@ from psn_train.recipe import Plan, Recipe
 class Batch:
     """Samples of one rank on their way to its device."""
 
-    inputs: torch.Tensor  # uint8 [N, C, H, W]
+    inputs: torch.Tensor | PackedEvents  # images uint8 [N, C, H, W], or recordings
     targets: torch.Tensor  # int64 [N]; -1 for a bad sample of the evaluation
     ids: np.ndarray  # int64 [N], places in the index
     epochs: np.ndarray  # int64 [N]
@@ -47,10 +50,42 @@ class Batch:
         return self
 
 
-def _load(reader: SampleReader, sample_id: int, in_chans: int, transform) -> tuple[np.ndarray, int, str]:
-    sample = reader.read(sample_id)
-    label = decode_label(sample, len(reader.index.classes), reader.places)
-    return transform(decode_image(sample, in_chans)), label, sample["__key__"]
+class ImageSamples:
+    """Images of shards, one by one and stacked.
+
+    What a stream asks for its samples; `event_stream.EventSamples` answers the same of recordings.
+    """
+
+    def __init__(self, recipe: Recipe, reader: SampleReader, training: bool):
+        self.recipe, self.reader, self.training = recipe, reader, training
+        self.transform = train_transform(recipe) if training else eval_transform(recipe)
+
+    def read(self, sample_id: int, epoch: int) -> tuple[np.ndarray, int, str]:
+        """(uint8 [C, H, W], class, key) of a sample; in training augmented by (seed, epoch, sample id).
+
+        Raises:
+            BadSample, ShardError: it cannot be read.
+        """
+        sample = self.reader.read(sample_id)
+        label = decode_label(sample, len(self.reader.index.classes), self.reader.places)
+        with seeded(self.recipe.seed, epoch, sample_id) if self.training else contextlib.nullcontext():
+            image = self.transform(decode_image(sample, self.recipe.model.in_chans))
+        return image, label, sample["__key__"]
+
+    def blank(self) -> np.ndarray:
+        """What stands in the place of a sample that cannot be evaluated: zeros, uint8 [C, H, W]."""
+        side = self.recipe.data.image_size
+        return np.zeros((self.recipe.model.in_chans, side, side), dtype=np.uint8)
+
+    def stack(self, images: list[np.ndarray]) -> torch.Tensor:
+        """uint8 [N, C, H, W]."""
+        return torch.from_numpy(np.stack(images))
+
+
+def open_samples(recipe: Recipe, reader: SampleReader, *, training: bool) -> ImageSamples | EventSamples:
+    """The recipe's kind of samples out of a reader's shards."""
+    kind = ImageSamples if recipe.events is None else EventSamples
+    return kind(recipe, reader, training)
 
 
 class TrainStream(Dataset):
@@ -59,7 +94,7 @@ class TrainStream(Dataset):
     def __init__(self, recipe: Recipe, plan: Plan, reader: SampleReader, rank: int):
         self.recipe, self.plan, self.reader, self.rank = recipe, plan, reader, rank
         self.shard_sizes = tuple(shard.num_samples for shard in reader.index.shards)
-        self.transform = train_transform(recipe)
+        self.samples = open_samples(recipe, reader, training=True)
 
     def __len__(self) -> int:
         return self.plan.total_steps * self.plan.grad_accum_steps
@@ -84,26 +119,24 @@ class TrainStream(Dataset):
 
     def __getitem__(self, micro_step: int) -> Batch:
         epochs, ids = self.positions(micro_step)
-        images: list[np.ndarray | None] = []
-        targets, keys, bad = [], [], []
-        for epoch, sample_id in zip(epochs, ids, strict=True):
+        samples, targets, keys, bad = [], [], [], []
+        for epoch, sample_id in zip(epochs.tolist(), ids.tolist(), strict=True):
             try:
-                with seeded(self.recipe.seed, int(epoch), int(sample_id)):
-                    image, label, key = _load(self.reader, int(sample_id), self.recipe.model.in_chans, self.transform)
+                sample, label, key = self.samples.read(sample_id, epoch)
             except (BadSample, ShardError) as error:
-                bad.append(f"{self.reader.name(int(sample_id))}: {error}")
-                image, label, key = None, -1, ""
-            images.append(image)
+                bad.append(f"{self.reader.name(sample_id)}: {error}")
+                sample, label, key = None, -1, ""
+            samples.append(sample)
             targets.append(label)
             keys.append(key)
-        good = [i for i, image in enumerate(images) if image is not None]
+        good = [i for i, sample in enumerate(samples) if sample is not None]
         if not good:
             raise ShardError("no sample of a micro-batch could be read:\n  " + "\n  ".join(bad))
-        for i, image in enumerate(images):
-            if image is None:
+        for i, sample in enumerate(samples):
+            if sample is None:
                 stand_in = next((g for g in good if g > i), good[0])
-                images[i], targets[i], keys[i] = images[stand_in], targets[stand_in], keys[stand_in]
-        return Batch(torch.from_numpy(np.stack(images)), torch.tensor(targets), ids, epochs, keys, bad)
+                samples[i], targets[i], keys[i] = samples[stand_in], targets[stand_in], keys[stand_in]
+        return Batch(self.samples.stack(samples), torch.tensor(targets), ids, epochs, keys, bad)
 
 
 class EvalStream(Dataset):
@@ -121,7 +154,7 @@ class EvalStream(Dataset):
         self.recipe, self.reader, self.batch_size = recipe, reader, batch_size
         self.rank, self.world_size = rank, world_size
         self.ids = np.arange(reader.index.num_samples) if ids is None else ids
-        self.transform = eval_transform(recipe)
+        self.samples = open_samples(recipe, reader, training=False)
 
     @property
     def num_samples(self) -> int:
@@ -139,18 +172,17 @@ class EvalStream(Dataset):
 
     def __getitem__(self, item: int) -> Batch:
         ids = self.ids_of(item)
-        side, channels = self.recipe.data.image_size, self.recipe.model.in_chans
-        images = np.zeros((len(ids), channels, side, side), dtype=np.uint8)
-        targets, keys, bad = [], [], []
-        for i, sample_id in enumerate(ids):
+        samples, targets, keys, bad = [], [], [], []
+        for sample_id in ids.tolist():
             try:
-                images[i], label, key = _load(self.reader, int(sample_id), channels, self.transform)
+                sample, label, key = self.samples.read(sample_id, 0)
             except (BadSample, ShardError) as error:
-                bad.append(f"{self.reader.name(int(sample_id))}: {error}")
-                label, key = -1, ""
+                bad.append(f"{self.reader.name(sample_id)}: {error}")
+                sample, label, key = self.samples.blank(), -1, ""
+            samples.append(sample)
             targets.append(label)
             keys.append(key)
-        return Batch(torch.from_numpy(images), torch.tensor(targets), ids, np.zeros_like(ids), keys, bad)
+        return Batch(self.samples.stack(samples), torch.tensor(targets), ids, np.zeros_like(ids), keys, bad)
 
 
 def _one_thread(worker: int) -> None:

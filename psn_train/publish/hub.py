@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from psn_train.data.event_index import check_kind
 from psn_train.data.index import load_index
 from psn_train.neurons import get_lambda
 from psn_train.recipe import Recipe
@@ -44,7 +45,8 @@ def load_timm_folder(where: str | os.PathLike) -> tuple[nn.Module, Recipe, dict]
     """Network, recipe and config.json of a folder in timm's format.
 
     A folder that this project wrote carries its recipe; for another one the preprocessing follows from its
-    `pretrained_cfg`.
+    `pretrained_cfg`. A network of two channels takes recordings as the authors prepared CIFAR10-DVS: T frames of
+    equally many events, rounded as SpikingJelly does, resized bilinearly without antialiasing, counts as they are.
     """
     import timm
 
@@ -61,27 +63,29 @@ def load_timm_folder(where: str | os.PathLike) -> tuple[nn.Module, Recipe, dict]
         return model, Recipe.model_validate(own["recipe"]), config
     cfg = config["pretrained_cfg"]
     channels, side, _ = cfg["input_size"]
-    if channels not in (1, 3):
+    if channels not in (1, 2, 3):
         raise CheckpointError(
-            f"{where}: {config['architecture']} takes frames of {channels} channels, and shards hold images of 1 or 3; "
-            "use it through timm.create_model in a loop of one's own"
+            f"{where}: {config['architecture']} takes frames of {channels} channels, and shards hold images of 1 or 3 "
+            "and recordings, of which frames have 2; use it through timm.create_model in a loop of one's own"
         )
-    recipe = Recipe.model_validate(
-        {
-            "name": config["architecture"],
-            "model": {"name": config["architecture"], "T": getattr(model, "T", 1), "in_chans": channels},
-            "data": {"train": "", "global_batch_size": 64, "image_size": side},
-            "augment": {
-                "mean": list(cfg["mean"]),
-                "std": list(cfg["std"]),
-                "interpolation": cfg["interpolation"],
-                "eval_resize": math.floor(side / cfg["crop_pct"]),
-            },
-            "optim": {"lr": 1.0},
-            "schedule": {"steps": 1},
+    document = {
+        "name": config["architecture"],
+        "model": {"name": config["architecture"], "T": getattr(model, "T", 1), "in_chans": channels},
+        "data": {"train": "", "global_batch_size": 64, "image_size": side},
+        "optim": {"lr": 1.0},
+        "schedule": {"steps": 1},
+    }
+    if channels == 2:
+        document["events"] = {"frames": "number", "rounding": "spikingjelly", "antialias": False}
+        document["augment"] = {"crop": "none", "interpolation": "bilinear"}
+    else:
+        document["augment"] = {
+            "mean": list(cfg["mean"]),
+            "std": list(cfg["std"]),
+            "interpolation": cfg["interpolation"],
+            "eval_resize": math.floor(side / cfg["crop_pct"]),
         }
-    )
-    return model, recipe, config
+    return model, Recipe.model_validate(document), config
 
 
 def load_any(
@@ -113,13 +117,15 @@ def write_timm_folder(where: str | os.PathLike, out: str | os.PathLike, *, prefe
             f"{meta['path']}: lambda = {lambda_:.4f} < 1: this masked PSN still looks into the future. Publish a "
             "checkpoint of an epoch with lambda = 1 (--which last, or its folder step_XXXXXXXX), or train to the end."
         )
-    augment, side = recipe.augment, recipe.data.image_size
+    augment, side, channels = recipe.augment, recipe.data.image_size, recipe.model.in_chans
+    # counts of events are not normalised
+    mean, std = ([0.0] * channels, [1.0] * channels) if recipe.events is not None else (augment.mean, augment.std)
     resizes = augment.crop == "random_resized" or augment.eval_resize is not None
     model.pretrained_cfg = {
         **model.pretrained_cfg,
-        "input_size": (recipe.model.in_chans, side, side),
-        "mean": tuple(augment.mean),
-        "std": tuple(augment.std),
+        "input_size": (channels, side, side),
+        "mean": tuple(mean),
+        "std": tuple(std),
         "interpolation": augment.interpolation,
         "crop_pct": side / (augment.eval_resize or math.floor(side / 0.875)) if resizes else 1.0,
         "num_classes": model.num_classes,
@@ -179,6 +185,7 @@ def evaluate_folder(
         raise CheckpointError(
             f"{where} tells {model.num_classes} classes apart, {shards} has {len(index.classes)}; other data?"
         )
+    check_kind(index, recipe, "--shards")
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
     place = _device(device)
     cache = Path(recipe.data.cache_dir or Path(where) / "shards")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from psn_train.recipe.event_rules import event_problems
 from psn_train.recipe.resident import unsupported
 from psn_train.recipe.schema import Data, Recipe
 
@@ -33,8 +34,10 @@ def impossible_combinations(recipe: Recipe) -> list[str]:
         bool(model.name) and not needs_k and model.k is not None,
         f"model.k: got {model.k}; {model.name} has no order, leave it out",
     )
+    # under frames: duration T says nothing
+    any_T = recipe.events is not None and recipe.events.frames == "duration"
     wrong(
-        needs_k and (model.k or 0) > model.T,
+        needs_k and not any_T and (model.k or 0) > model.T,
         f"model.k: got {model.k}, which is more than T = {model.T}; there are no more steps to look back at",
     )
     wrong(
@@ -58,7 +61,7 @@ def impossible_combinations(recipe: Recipe) -> list[str]:
         f"schedule.min_lr: got {schedule.min_lr}, which is more than optim.lr = {recipe.optim.lr}",
     )
     channels = model.in_chans
-    for key in ("mean", "std"):
+    for key in ("mean", "std") if recipe.events is None and channels != 2 else ():
         count = len(getattr(augment, key))
         wrong(count != channels, f"augment.{key}: {count} values for in_chans = {channels}; give one for each channel")
     wrong(augment.scale[0] > augment.scale[1], f"augment.scale: got {augment.scale}; wanted the smaller value first")
@@ -70,7 +73,8 @@ def impossible_combinations(recipe: Recipe) -> list[str]:
         augment.eval_resize is not None and augment.eval_resize < data.image_size,
         f"augment.eval_resize: got {augment.eval_resize}, less than data.image_size = {data.image_size}",
     )
-    if data.resident:
+    problems += event_problems(recipe)
+    if data.resident and recipe.events is None:
         problems += [f"{problem}; or set data.resident: false" for problem in unsupported(recipe)]
     mixes = augment.mixup > 0 or augment.cutmix > 0
     wrong(

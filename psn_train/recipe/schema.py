@@ -321,6 +321,9 @@ def decisive(document: dict[str, Any]) -> dict[str, Any]:
         for key, value in flatten(document).items()
         if not any(key == neutral or key.startswith(neutral + ".") for neutral in NEUTRAL)
     }
+    # as before there was such a section: runs of images go on, and their published hashes stay true
+    if flat.get("events", "") is None:
+        del flat["events"]
     data = document.get("data", {})
     if data.get("val") is not None or data.get("select_on") == "test":
         flat["data.hold_out"] = 0

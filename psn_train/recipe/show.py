@@ -60,17 +60,36 @@ def split_line(recipe: Recipe, samples: int | None) -> str:
     return text if data.selected_on == "test" else text + f"; test shards {data.test}: once, at the end"
 
 
-def show_recipe(recipe: Recipe, devices: list[int], samples: int | None, source: str) -> None:
+def steps_line(recipe: Recipe) -> str:
+    """How many time-steps a sample has: the number, or what decides it."""
+    events = recipe.events
+    if events is None or events.frames != "duration":
+        return str(recipe.model.T)
+    most = f", at most {events.max_steps}" if events.max_steps is not None else ""
+    return f"one for each {events.duration_us:,} us{most}"
+
+
+def show_recipe(
+    recipe: Recipe, devices: list[int], samples: int | None, source: str, recordings: str | None = None
+) -> None:
     """Print the recipe as YAML, then a table of the derived numbers for each number of devices.
 
     Args:
         samples: of the training shards, those held out included, None where nobody knows; `source` says where the
             number is from.
+        recordings: how recordings were split, as the index of the shards has it (`event_index.split_text`).
     """
     console = Console(highlight=False, soft_wrap=True)
     console.print(yaml.safe_dump(recipe.resolved(), sort_keys=False, width=110), markup=False)
     console.print(f"recipe hash {recipe_hash(recipe)}, run folder {recipe.run_path}", markup=False)
     console.print(f"training shards: {samples if samples is not None else 'unknown'} samples ({source})", markup=False)
+    if recipe.events is not None:
+        if recordings is None:
+            rule = recipe.events.split
+            recordings = (
+                f"split {rule}, says the recipe" if rule is not None else "the recipe does not name their split"
+            )
+        console.print(f"recordings: {recordings}", markup=False)
     try:
         console.print(f"split: {split_line(recipe, samples)}", markup=False)
     except PlanError as error:
@@ -94,7 +113,7 @@ def show_recipe(recipe: Recipe, devices: list[int], samples: int | None, source:
         "epochs": lambda plan: f"{plan.epochs:g}",
         "updates in all": lambda plan: f"{plan.total_steps:,}",
         "samples seen": lambda plan: f"{plan.total_steps * plan.global_batch_size:,}",
-        "neuron steps a sample (T)": lambda plan: str(recipe.model.T),
+        "neuron steps a sample (T)": lambda plan: steps_line(recipe),
         "decoding processes": lambda plan: str(recipe.data.workers * plan.world_size),
     }
     for title, figure in rows.items():

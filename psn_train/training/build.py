@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from psn_train.data.event_index import check_kind, check_same_sensor, split_text
 from psn_train.data.index import ShardIndex, load_index
 from psn_train.data.order import held_out_ids
 from psn_train.data.reader import SampleReader
@@ -31,12 +32,18 @@ class Splits:
     """int64 [num_samples], the samples of `select`; None: all of them."""
     test: SampleReader | None
 
+    @property
+    def text(self) -> str | None:
+        """How recordings were split, "split tebn (9,000 / 1,000)"; None for images."""
+        return split_text(self.train.index, self.test.index if self.test is not None else None)
+
 
 def open_splits(recipe: Recipe) -> Splits:
     """All shards of a recipe, with everything checked that their indices tell.
 
     Raises:
-        ShardError: no index, or another number of samples than the recipe wants.
+        ShardError: no index, another number of samples than the recipe wants, images where it wants recordings or the
+            reverse, recordings of another split or of sensors of different sizes.
         PlanError: more samples are to be held out than there are.
         ValueError: the splits number their classes differently, or two of them are the same shards.
     """
@@ -45,7 +52,9 @@ def open_splits(recipe: Recipe) -> Splits:
     others = {split: open_shards(recipe, split) for split in ("val", "test") if getattr(data, split) is not None}
     for split, reader in others.items():
         same_classes(train.index, reader.index, split)
-    different_shards({"train": train.index, **{split: reader.index for split, reader in others.items()}})
+    indices = {"train": train.index, **{split: reader.index for split, reader in others.items()}}
+    different_shards(indices)
+    check_same_sensor({f"data.{split}": index for split, index in indices.items()})
     select, ids = others.get(data.selected_on), None
     if data.selected_on == "held out":
         samples = train.index.num_samples
@@ -54,13 +63,14 @@ def open_splits(recipe: Recipe) -> Splits:
 
 
 def open_shards(recipe: Recipe, split: str) -> SampleReader:
-    """Reader of the recipe's `train`, `val` or `test` shards, their counts held against the recipe.
+    """Reader of the recipe's `train`, `val` or `test` shards, their counts and their kind held against the recipe.
 
     Raises:
-        ShardError: no index, or another number of samples than the recipe wants.
+        ShardError: no index, another number of samples than the recipe wants, or another kind or split.
     """
     data = recipe.data
     index = load_index(getattr(data, split))
+    check_kind(index, recipe, f"data.{split}")
     check_counts(index, getattr(data, f"{split}_samples"), f"data.{split}_samples")
     cache = data.cache_dir or recipe.run_path / "shards"
     return SampleReader(index, cache_dir=cache, cache_bytes=data.cache_gb * 1e9)

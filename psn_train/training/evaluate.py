@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from psn_train.data.images import Normalizer
 from psn_train.data.index import ShardError
 from psn_train.data.reader import SampleReader
 from psn_train.data.stream import EvalStream, make_loader
 from psn_train.neurons import spiking_neurons
 from psn_train.recipe import Recipe
+from psn_train.training.inputs import EvalInputs
+from psn_train.training.losses import mean_over_time
 from psn_train.training.metrics import FiringRates
 from psn_train.training.runtime import all_reduce_sum, autocast
 
@@ -82,6 +83,8 @@ def evaluate(
 ) -> Result:
     """Top-1, top-5 and cross entropy of the mean over T, on all samples of the loader.
 
+    Where recordings have steps of their own number, the mean and the firing rates are over these.
+
     Ranks take turns by batches and go through equally many rounds, so that a signal is agreed upon. Bad samples count
     as wrong answers, up to `data.max_bad_samples`.
 
@@ -101,7 +104,7 @@ def evaluate(
     wanted, world_size = stream.num_samples, stream.world_size
     rounds = math.ceil(wanted / (stream.batch_size * world_size))
     batches = iter(loader)
-    normalize = Normalizer(recipe.augment.mean, recipe.augment.std, device)
+    inputs = EvalInputs(recipe, device)
     rates = FiringRates(model) if firing else None
     # top-1, top-5, samples; and the loss apart: counts stay exact in float64
     sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -119,13 +122,13 @@ def evaluate(
                     f"{len(bad)} unreadable samples, data.max_bad_samples is {recipe.data.max_bad_samples}:\n  "
                     + "\n  ".join(bad)
                 )
-            images = normalize(batch.inputs.to(device, non_blocking=True))
-            if recipe.precision.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
+            x, mask = inputs(batch)
             targets = batch.targets.to(device, non_blocking=True)
+            if rates is not None:
+                rates.mask = mask
             with autocast(recipe.precision.eval_dtype, device):
-                logits = model(images)
-            logits = logits.float()
+                logits = model(x, per_step=mask is not None)
+            logits = logits.float() if mask is None else mean_over_time(logits.float(), mask)
             known = targets >= 0
             top5 = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = (top5 == targets[:, None]) & known[:, None]

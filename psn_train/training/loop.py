@@ -9,6 +9,7 @@ import torch
 from psn_train.recipe import Recipe, make_plan
 from psn_train.training.build import build_model, check_channels_last, class_count, load_network, open_splits
 from psn_train.training.evaluate import EvaluationStopped, evaluate
+from psn_train.training.inputs import TrainInputs
 from psn_train.training.loaders import Loaders
 from psn_train.training.metrics import headline
 from psn_train.training.optim import LearningRate, build_optimizer, masked_lambda
@@ -21,7 +22,7 @@ from psn_train.training.runtime import (
     seed_everything,
     set_precision,
 )
-from psn_train.training.step import DeviceAugment, Updater
+from psn_train.training.step import Updater
 
 
 def train(recipe: Recipe) -> int:
@@ -62,11 +63,11 @@ def train(recipe: Recipe) -> int:
     run.track(model)
     if recipe.precision.compile:
         model.compile()
-    augment = DeviceAugment(recipe, num_classes, device)
-    updater = Updater(recipe, plan, accelerator.prepare(model), optimizer, augment, device, rank)
+    inputs = TrainInputs(recipe, num_classes, device)
+    updater = Updater(recipe, plan, accelerator.prepare(model), optimizer, inputs, device, rank)
     seed_everything(recipe.seed, 1 + rank)
     run.resume(updater)
-    run.say(headline(recipe, plan, device, run.step))
+    run.say(headline(recipe, plan, device, run.step, splits.text))
 
     loaders = Loaders(recipe, plan, device, rank)
     select_loader = loaders.evaluation(splits.select, splits.select_ids) if splits.select is not None else None

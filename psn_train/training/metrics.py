@@ -45,7 +45,12 @@ class FiringRates:
 
     A neuron here is one channel at one position. dead: it never fired on the whole data; saturated: it fired at every
     time-step of every sample.
+
+    Attributes:
+        mask: bool [T, N], the steps that count in the batch to come; None: all.
     """
+
+    mask: torch.Tensor | None = None
 
     def __init__(self, model: nn.Module):
         self.counts: dict[str, torch.Tensor] = {}
@@ -57,9 +62,13 @@ class FiringRates:
     def _hook(self, name: str):
         def count(_module, _inputs, spike_seq: torch.Tensor) -> None:
             # [T, N, ...] -> spikes of each neuron over time and batch
-            fired = spike_seq.detach().sum(dim=(0, 1), dtype=torch.float32)
+            spike_seq, steps = spike_seq.detach(), spike_seq.shape[0] * spike_seq.shape[1]
+            if self.mask is not None:
+                own = self.mask.reshape(*self.mask.shape, *[1] * (spike_seq.ndim - 2))
+                spike_seq, steps = spike_seq * own, self.mask.sum()
+            fired = spike_seq.sum(dim=(0, 1), dtype=torch.float32)
             self.counts[name] = self.counts[name] + fired if name in self.counts else fired
-            self.seen[name] = self.seen.get(name, 0) + spike_seq.shape[0] * spike_seq.shape[1]
+            self.seen[name] = self.seen.get(name, 0) + steps
 
         return count
 
@@ -71,7 +80,7 @@ class FiringRates:
         """{layer: {"rate", "dead", "saturated"}} over all ranks. `names`: all layers, for ranks that saw no sample."""
         report = {}
         for name in names:
-            seen = torch.tensor(float(self.seen.get(name, 0)), dtype=torch.float64, device=device)
+            seen = torch.as_tensor(self.seen.get(name, 0), device=device).double().clone()
             counts = self.counts.get(name)
             size = torch.tensor(0 if counts is None else counts.numel(), device=device)
             shared = size.clone()
@@ -158,13 +167,17 @@ def start_trackers(accelerator, recipe: Recipe, step: int) -> None:
     )
 
 
-def headline(recipe: Recipe, plan: Plan, device: torch.device, step: int) -> str:
-    """One line on what is about to run, and where; `step` updates are done."""
+def headline(recipe: Recipe, plan: Plan, device: torch.device, step: int, split: str | None = None) -> str:
+    """One line on what is about to run, and where; `step` updates are done, `split` is `event_index.split_text`."""
     place = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
     begin = f"goes on after step {step}" if step else "starts"
     held_out = f" ({plan.held_out} held out)" if plan.held_out else ""
+    held_out += f", {split}" if split is not None else ""
+    steps = f"T = {recipe.model.T}"
+    if recipe.events is not None and recipe.events.frames == "duration":
+        steps = f"a step for each {recipe.events.duration_us:,} us"
     return (
-        f"{recipe.name} {begin}: {recipe.model.name}, T = {recipe.model.T}, {plan.train_samples} samples{held_out}, "
+        f"{recipe.name} {begin}: {recipe.model.name}, {steps}, {plan.train_samples} samples{held_out}, "
         f"{plan.world_size} x {place}, batch {plan.global_batch_size} = {plan.world_size} x "
         f"{plan.micro_batch_size} x {plan.grad_accum_steps} (accumulated), {plan.total_steps} steps, "
         f"{recipe.precision.dtype}, recipe {recipe_hash(recipe)}, in {recipe.run_path}"

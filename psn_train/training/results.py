@@ -10,7 +10,8 @@ In a checkpoint's state.json under `results`, and in the results.json of a run t
   test          {"best": ..., "last": ...}: figures of these two checkpoints on the test shards, which are looked at
                 once, when the run is complete; under selected_on "test" those of `best` and `last`
 
-`split` beside them says what is held out of which training shards, and the fingerprint of those that select.
+`split` beside them says what is held out of which training shards, and the fingerprint of those that select; of
+recordings also by which rule they were split into training and test, and how many there are of each.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 from pathlib import Path
 
+from psn_train.data.event_index import split_of
 from psn_train.recipe import Plan, Recipe, recipe_hash
 from psn_train.training.build import Splits
 from psn_train.training.checkpoint import checkpoint_path
@@ -51,6 +53,9 @@ class Results:
             "hold_out_seed": recipe.data.hold_out_seed,
             "selecting_shards": splits.select.index.fingerprint if splits.select is not None else None,
         }
+        if (rule := split_of(splits.train.index)) is not None:
+            test = splits.test.index.num_samples if splits.test is not None else None
+            self.split["recordings"] = {**rule, "train": splits.train.index.num_samples, "test": test}
         self.test_shards = splits.test.index.fingerprint if splits.test is not None else None
         # looked at when the run is complete, and not during it
         self.tests_once = splits.test is not None and self.selected_on != "test"

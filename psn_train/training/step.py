@@ -8,70 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from psn_train.data.images import Normalizer, seeded
 from psn_train.data.stream import Batch
 from psn_train.recipe import Plan, Recipe
-from psn_train.training.losses import compute_loss
+from psn_train.training.inputs import TrainInputs
+from psn_train.training.losses import compute_loss, mean_over_time
 from psn_train.training.runtime import FiniteGuard, autocast
-
-
-class DeviceAugment:
-    """Normalisation, random erasing, mixup and cutmix on the device: uint8 [N, C, H, W] -> float32, and the targets.
-
-    mixup, cutmix and erasing are timm's; after mixing the targets are [N, K] and carry the label smoothing.
-    """
-
-    def __init__(self, recipe: Recipe, num_classes: int, device: torch.device):
-        from timm.data import Mixup
-        from timm.data.random_erasing import RandomErasing
-
-        augment = recipe.augment
-        self.channels_last = recipe.precision.channels_last
-        self.normalize = Normalizer(augment.mean, augment.std, device)
-        self.erase = (
-            RandomErasing(
-                augment.random_erasing,
-                *augment.random_erasing_area,
-                *augment.random_erasing_ratio,
-                mode=augment.random_erasing_mode,
-                max_count=1,
-                device=str(device),
-            )
-            if augment.random_erasing
-            else None
-        )
-        self.mix = (
-            Mixup(
-                mixup_alpha=augment.mixup,
-                cutmix_alpha=augment.cutmix,
-                prob=augment.mix_prob,
-                switch_prob=augment.mix_switch_prob,
-                label_smoothing=recipe.loss.label_smoothing,
-                num_classes=num_classes,
-            )
-            if augment.mixup or augment.cutmix
-            else None
-        )
-
-        self.seed = recipe.seed
-
-    def __call__(
-        self, images: torch.Tensor, targets: torch.Tensor, micro_step: int, rank: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        # timm draws from the global generators, which any import may move on (rich's does): so they are set for each
-        # micro-batch, and put back
-        with seeded(self.seed, micro_step, rank, 0xA06):
-            return self._augment(images, targets)
-
-    def _augment(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        images = self.normalize(images)
-        if self.erase is not None:
-            images = self.erase(images)
-        if self.mix is not None:
-            images, targets = self.mix(images, targets)
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images, targets
 
 
 class Updater:
@@ -83,13 +24,13 @@ class Updater:
         plan: Plan,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        augment: DeviceAugment,
+        inputs: TrainInputs,
         device: torch.device,
         rank: int = 0,
     ):
         self.rank = rank
         self.recipe, self.plan, self.model, self.optimizer = recipe, plan, model, optimizer
-        self.augment, self.device = augment, device
+        self.inputs, self.device = inputs, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision.dtype == "fp16")
         self.guard = FiniteGuard(device)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -97,7 +38,7 @@ class Updater:
         self.window = torch.zeros(5, dtype=torch.float64, device=device)
 
     def run(self, batches: Iterator[Batch], step: int) -> list[Batch]:
-        """Update `step`; returns its micro-batches, of which the images may be on the device by now.
+        """Update `step`; returns its micro-batches.
 
         Raises:
             NonFiniteLoss: before the update.
@@ -109,17 +50,16 @@ class Updater:
             batch = next(batches)
             used.append(batch)
             labels = batch.targets.to(device, non_blocking=True)
-            images = batch.inputs.to(device, non_blocking=True)
-            images, targets = self.augment(images, labels, step * plan.grad_accum_steps + micro, self.rank)
+            x, targets, mask = self.inputs(batch, labels, step * plan.grad_accum_steps + micro, self.rank)
             last = micro == plan.grad_accum_steps - 1
             skip_sync = getattr(self.model, "no_sync", None)
             with contextlib.nullcontext() if last or skip_sync is None else skip_sync():
                 with autocast(self.recipe.precision.dtype, device):
-                    logits = self.model(images, per_step=True)
-                loss = compute_loss(self.recipe.loss, logits, targets)
+                    logits = self.model(x, per_step=True)
+                loss = compute_loss(self.recipe.loss, logits, targets, mask)
                 self.scaler.scale(loss / plan.grad_accum_steps).backward()
             losses.append(loss.detach())
-            hits += (logits.detach().float().mean(0).argmax(1) == labels).sum()
+            hits += (mean_over_time(logits.detach().float(), mask).argmax(1) == labels).sum()
         losses = torch.stack(losses)
         bound = self.recipe.optim.clip_grad_norm
         if bound is not None:

@@ -1,0 +1,90 @@
+"""What an index says of its recordings, held against a recipe: kind, sensor, and how the data set was split.
+
+`ShardIndex.plan["events"]` of shards of recordings:
+
+  sensor   [width, height] in pixels, of every recording
+  codec    version of the coding, see `events/codec.py`
+  split    {"rule": "tebn", ...}: how training and test were told apart; "seed" where the rule is random
+  format   of the files that the recordings came from
+  repairs  {name: count} over all of them, see `events/recording.py`
+"""
+
+from __future__ import annotations
+
+from psn_train.data.index import ShardError, ShardIndex
+from psn_train.recipe import Recipe
+
+
+def check_kind(index: ShardIndex, recipe: Recipe, key: str) -> None:
+    """Hold what the shards are against what the recipe takes them for.
+
+    Args:
+        key: what names the shards, "data.train" of the recipe or an option of the command line.
+
+    Raises:
+        ShardError: recordings without a section `events`, or images with one; another split than `events.split`.
+    """
+    if recipe.events is None:
+        if index.kind == "events":
+            raise ShardError(
+                f"{key}: {index.location} holds recordings of an event camera, and the recipe has no section `events`; "
+                "add it, with model.in_chans: 2, or name shards of images"
+            )
+        return
+    if index.kind != "events":
+        raise ShardError(
+            f"{key}: {index.location} holds {index.kind}, and the recipe has a section `events`, which is of "
+            "recordings; name shards that `psn shards` made of recordings, or leave the section out"
+        )
+    sensor_of(index)
+    wanted, found = recipe.events.split, split_of(index)
+    if wanted is not None and (found is None or found["rule"] != wanted):
+        says = f"were split by {split_words(found)}" if found is not None else "say nothing of their split"
+        raise ShardError(
+            f"{key}: the shards in {index.location} {says}, and the recipe's events.split is {wanted}: some of its "
+            "test samples may be training samples there. Take shards of that split, as `psn shards` writes them; only "
+            f"a recipe that is not trained yet may say events.split: {found['rule'] if found is not None else 'null'}"
+        )
+
+
+def check_same_sensor(indices: dict[str, ShardIndex]) -> None:
+    """Raises ShardError where shards of recordings are of sensors of different sizes. Args: by the recipe's key."""
+    sensors = {key: sensor_of(index) for key, index in indices.items() if index.kind == "events"}
+    if len(set(sensors.values())) > 1:
+        sizes = "; ".join(f"{key} {width} x {height}" for key, (width, height) in sensors.items())
+        raise ShardError(f"the shards are of sensors of different sizes: {sizes}; they cannot be of one data set")
+
+
+def sensor_of(index: ShardIndex) -> tuple[int, int]:
+    """(width, height) of all recordings of an index, in pixels.
+
+    Raises:
+        ShardError: the index does not say.
+    """
+    sensor = index.plan.get("events", {}).get("sensor")
+    if not (isinstance(sensor, list) and len(sensor) == 2 and all(isinstance(side, int) for side in sensor)):
+        raise ShardError(
+            f"{index.location}: its index says nothing of the sensor of its recordings ({sensor!r}); write the shards "
+            "with `psn shards`, which notes it"
+        )
+    return tuple(sensor)
+
+
+def split_of(index: ShardIndex) -> dict | None:
+    """{"rule": ..., ...} of an index; None for images, and where it does not say."""
+    split = index.plan.get("events", {}).get("split") if index.kind == "events" else None
+    return split if isinstance(split, dict) and "rule" in split else None
+
+
+def split_words(split: dict) -> str:
+    """A split's rule and what else names it: "tebn", "random, seed 7"."""
+    others = [f"{key} {value}" for key, value in split.items() if key != "rule" and isinstance(value, (int, str))]
+    return ", ".join([split["rule"], *others])
+
+
+def split_text(train: ShardIndex, test: ShardIndex | None) -> str | None:
+    """What a report says of a split, "split tebn (9,000 / 1,000)": training and test samples; None without a split."""
+    split = split_of(train)
+    if split is None:
+        return None
+    return f"split {split_words(split)} ({train.num_samples:,} / {f'{test.num_samples:,}' if test else 'no test'})"

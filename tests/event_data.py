@@ -1,0 +1,127 @@
+"""Recordings for tests: a dot that moves across a small sensor, and shards of them; N-MNIST where it is present."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from conftest import SHARED, merged
+
+from psn_train.data.events import Recording, make_events
+from psn_train.data.events.codec import encode_events
+from psn_train.data.index import load_index, save_index
+from psn_train.data.shards import write_shards
+from psn_train.data.sources.source import Source
+
+SENSOR = (20, 16)
+CLASSES = ["right", "left", "down"]
+NMNIST = SHARED / "events" / "nmnist"
+
+# a network and a schedule for a few seconds
+EVENTS = {
+    "name": "events",
+    "seed": 1,
+    "model": {"name": "sew_resnet10_psn", "T": 3, "in_chans": 2, "args": {"stem": "3x3", "width": 8}},
+    "data": {
+        "global_batch_size": 12,
+        "image_size": 16,
+        "shuffle": "shards",
+        "streams": 2,
+        "workers": 0,
+        "train": "",
+        "val": "",
+    },
+    "augment": {"crop": "pad", "pad": 2, "hflip": 0.0},
+    "events": {"split": "given"},
+    "optim": {"name": "sgd", "lr": 0.05},
+    "schedule": {"epochs": 3, "by": "step"},
+    "log": {"every_steps": 2, "trackers": []},
+}
+# a step for each 5 ms: 1 to 8 of them
+DURATION = {
+    "model": {"name": "sew_resnet10_sliding_psn", "k": 2},
+    "events": {"frames": "duration", "duration_us": 5000},
+}
+
+
+def moving_dot(label: int, seed: int, sensor: tuple[int, int] = SENSOR) -> Recording:
+    """60 to 260 events within 2 to 40 ms: a dot of 3 pixels that goes right, left or down, and noise."""
+    rng = np.random.default_rng([label, seed])
+    count, duration = int(rng.integers(60, 260)), int(rng.integers(2_000, 40_000))
+    t = np.sort(rng.integers(0, duration + 1, count))
+    width, height = sensor
+    way = t / duration
+    if label == 1:
+        way = 1 - way
+    x, y = way * (width - 3), rng.integers(3, height - 6) + 0 * way
+    if label == 2:
+        x, y = rng.integers(3, width - 6) + 0 * way, way * (height - 3)
+    x = (x + rng.integers(0, 3, count)).astype(int)
+    y = (y + rng.integers(0, 3, count)).astype(int)
+    noise = rng.random(count) < 0.1
+    x[noise], y[noise] = rng.integers(0, width, noise.sum()), rng.integers(0, height, noise.sum())
+    return Recording(make_events(t + int(rng.integers(0, 1_000_000)), x, y, rng.integers(0, 2, count)), sensor)
+
+
+class RecordingsInMemory(Source):
+    kind = "events"
+    type = "recordings in memory"
+
+    def __init__(self, recordings: list[Recording], labels: list[int], classes: list[str]):
+        super().__init__([f"{number:05d}" for number in range(len(recordings))], labels, classes)
+        self.recordings = recordings
+
+    def reference(self, index: int) -> Recording:
+        return self.recordings[index]
+
+    def reader(self, scratch, run):
+        return _coded
+
+
+def _coded(recording: Recording) -> dict[str, bytes]:
+    return {"events": encode_events(recording)}
+
+
+def write_recordings(
+    folder: Path, recordings: list[Recording], labels: list[int], classes: list[str], rule: dict, shards: int = 3
+) -> Path:
+    """Shards of recordings in `folder`, which is called after the split."""
+    source = RecordingsInMemory(recordings, labels, classes)
+    write_shards(source, folder, split=folder.name, num_shards=shards, workers=1, progress=False)
+    say(folder, sensor=list(recordings[0].sensor), codec=1, split=rule, format="npy", repairs={})
+    return folder
+
+
+def say(folder: Path, **events) -> None:
+    """Change what the index says of its recordings."""
+    index = load_index(folder)
+    plan = {**index.plan, "events": {**index.plan.get("events", {}), **events}}
+    save_index(dataclasses.replace(index, plan=plan), folder)
+
+
+def write_dots(folder: Path, train: int = 60, test: int = 24) -> Path:
+    """Folder with train/ and val/: dots that move, split as given."""
+    for split, count, first in (("train", train, 0), ("val", test, 10_000)):
+        labels = [number % 3 for number in range(count)]
+        recordings = [moving_dot(label, first + number) for number, label in enumerate(labels)]
+        write_recordings(folder / split, recordings, labels, CLASSES, {"rule": "given"})
+    return folder
+
+
+def events_document(shards: Path, run: Path) -> dict:
+    """EVENTS on the dots, in a run folder of its own."""
+    data = {"train": str(shards / "train"), "val": str(shards / "val")}
+    return merged(EVENTS, {"run_dir": str(run), "data": data})
+
+
+def read_nmnist(part: str, each: int) -> tuple[list[Recording], list[int]]:
+    """`each` recordings of every digit of N-MNIST's `Train` or `Test`: 5 bytes an event, big-endian."""
+    recordings, labels = [], []
+    for digit in range(10):
+        for path in sorted((NMNIST / part / str(digit)).glob("*.bin"))[:each]:
+            raw = np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, 5).astype(np.int64)
+            t = (raw[:, 2] & 0x7F) << 16 | raw[:, 3] << 8 | raw[:, 4]
+            recordings.append(Recording(make_events(t, raw[:, 0], raw[:, 1], raw[:, 2] >> 7), (34, 34)))
+            labels.append(digit)
+    return recordings, labels
