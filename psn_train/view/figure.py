@@ -11,13 +11,18 @@ from psn_train.view.colours import GROUND, OFF, ON, both, paint, scale_of
 from psn_train.view.frames import Frames, evenly
 from psn_train.view.source import Seen, short
 
+# frames beside each other; 5 of a large sensor, unless there are many
 _COLUMNS = 10
+_LARGE, _MANY = 64, 20
 # frames in the upper part; the GIF has them all
 _MOST = 40
 # more borders than these would be a grey area
 _MOST_BORDERS = 200
 _WIDTH = 14.0
 _DPI = 120
+
+
+_NUMBER = {"ha": "center", "va": "top", "fontsize": 8, "color": "0.35"}
 
 
 def figure_class():
@@ -38,25 +43,28 @@ def write_png(
         rows: what the network of `recipe` sees: (name, frames [T, 2, H, W]).
     """
     shown = evenly(len(frames), _MOST)
-    columns = min(_COLUMNS, len(shown))
-    lines = -(-len(shown) // columns)
     height, width = frames.counts.shape[-2:]
-    # inches of a frame, whose cell is as wide as the page allows, but not wider than 2
-    cell = min(2.0, (_WIDTH - 0.6) / columns)
-    heights = [lines * (cell * height / width + 0.45) + 0.4, 3.0]
+    columns = 5 if width > _LARGE and len(shown) <= _MANY else _COLUMNS
+    lines = -(-len(shown) // columns)
+    # inches
+    heights = [lines * (_cell(columns) * height / width + 0.5) + 0.15, 3.0]
     if rows:
-        seen_columns = min(_COLUMNS, max(len(row) for _, row in rows))
-        side = min(2.0, (_WIDTH - 1.6) / seen_columns)
-        heights.append(len(rows) * (side + 0.06) + 0.7)
-    figure = figure_class()(figsize=(_WIDTH, sum(heights) + 0.9), layout="constrained")
+        heights.append(len(rows) * (_cell(_COLUMNS) + 0.02) + 0.6)
+    figure = figure_class()(figsize=(_WIDTH, sum(heights) + 0.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1)
     figure.suptitle(_headline(seen), fontsize=11, x=0.01, ha="left")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights)
     _draw_frames(parts[0], frames, shown, columns, lines)
     _draw_rate(parts[1], seen, frames)
     if rows:
-        _draw_rows(parts[2], rows, seen_columns, recipe)
+        _draw_rows(parts[2], rows, recipe)
     _legend(figure)
     figure.savefig(path, dpi=_DPI)
+
+
+def _cell(columns: int) -> float:
+    """Inches of a frame's width."""
+    return (_WIDTH - 0.8) / columns - 0.08
 
 
 def _headline(seen: Seen) -> str:
@@ -113,7 +121,7 @@ def _draw_rate(figure, seen: Seen, frames: Frames) -> None:
 
     axis = figure.subplots()
     figure.suptitle(
-        "event rate: ON above, OFF below the line; dashed where a frame ends and the next begins",
+        "event rate: ON above, OFF below the line; dashed lines between the frames",
         fontsize=10,
         x=0.01,
         ha="left",
@@ -134,10 +142,15 @@ def _draw_rate(figure, seen: Seen, frames: Frames) -> None:
         if len(frames.borders) <= _MOST_BORDERS:
             for border in frames.borders:
                 axis.axvline(border / unit, color="0.35", linewidth=0.8, linestyle=(0, (4, 3)))
+            for number, (begin, end) in enumerate(zip(frames.borders, frames.borders[1:], strict=False), 1):
+                # where there is room
+                if end - begin > 0.02 * last:
+                    place = (begin + end) / 2 / unit
+                    axis.text(place, 0.98, number, transform=axis.get_xaxis_transform(), **_NUMBER)
     else:
         axis.text(0.5, 0.6, "no events", transform=axis.transAxes, ha="center", fontsize=14, color="0.4")
     axis.set_xlim(0, last / unit)
-    bound = 1.1 * highest or 1.0
+    bound = 1.15 * highest or 1.0
     axis.set_ylim(-bound, bound)
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(abs(value))))
     axis.set_xlabel(f"time since the first event, {name} (bins of {width / 1e3:g} ms)")
@@ -152,8 +165,9 @@ def _bin_us(last: int) -> int:
     return next(step * power for step in (1, 2, 5, 10) if step * power >= wanted)
 
 
-def _draw_rows(figure, rows: list[tuple[str, np.ndarray]], columns: int, recipe: Recipe) -> None:
+def _draw_rows(figure, rows: list[tuple[str, np.ndarray]], recipe: Recipe) -> None:
     steps = max(len(row) for _, row in rows)
+    columns = min(_COLUMNS, steps)
     some = "" if columns == steps else f", {columns} of {steps} steps"
     height, width = rows[0][1].shape[-2:]
     figure.suptitle(
@@ -162,10 +176,12 @@ def _draw_rows(figure, rows: list[tuple[str, np.ndarray]], columns: int, recipe:
         x=0.01,
         ha="left",
     )
-    axes = _cells(figure, len(rows), columns)
+    axes = _cells(figure, len(rows), _COLUMNS)
     scale = scale_of(rows[0][1])
     for line, (name, row) in zip(axes, rows, strict=True):
         line[0].set_ylabel(name, fontsize=9)
+        for axis in line[columns:]:
+            axis.set_visible(False)
         for axis, number in zip(line, evenly(len(row), columns), strict=False):
             axis.imshow(paint(row[number], scale), interpolation="nearest")
             if line is axes[0]:
