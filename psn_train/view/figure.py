@@ -58,7 +58,7 @@ def write_png(
     _draw_rate(parts[1], seen, frames)
     if rows:
         _draw_rows(parts[2], rows, recipe)
-    _legend(figure)
+    event_legend(figure)
     figure.savefig(path, dpi=_DPI)
 
 
@@ -73,7 +73,8 @@ def _headline(seen: Seen) -> str:
     return f"{where if len(where) <= 110 else '...' + where[-107:]}\n{facts}"
 
 
-def _legend(figure) -> None:
+def event_legend(figure) -> None:
+    """What the colours of `paint` mean, in the upper right corner."""
     from matplotlib.patches import Patch
 
     names = (("ON, brighter", ON), ("OFF, darker", OFF), ("both", None), ("none", GROUND))

@@ -75,17 +75,12 @@ def simulate_dvs(
         seen, shape = _see(images, times, log_eps), np.shape(images(times[0]))
 
     rng = np.random.default_rng(rng)
-    before = next(seen)
-    reference = before.copy()
-    on, off = (_thresholds(mean, threshold_sigma, len(before), rng) for mean in (threshold_on, threshold_off))
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for number, after in enumerate(seen):
-        parts += _crossings(before, after, reference, times[number], times[number + 1], on, off)
-        before = after
-    pixels = shape[0] * shape[1]
+    first = next(seen)
+    on, off = (_thresholds(mean, threshold_sigma, len(first), rng) for mean in (threshold_on, threshold_off))
+    t, pixel, p = _crossings(first, seen, times, on, off)
     if noise_hz:
-        parts.append(_noise(pixels, times, noise_hz, rng))
-    t, pixel, p = (np.concatenate([part[place] for part in parts]) if parts else _NONE for place in range(3))
+        noise = _noise(len(first), times, noise_hz, rng)
+        t, pixel, p = (np.concatenate(both) for both in zip((t, pixel, p), noise, strict=True))
     if refractory_us:
         kept = _outside_refractory(t, pixel, int(refractory_us))
         t, pixel, p = t[kept], pixel[kept], p[kept]
@@ -141,33 +136,37 @@ def _thresholds(mean: float, sigma: float, pixels: int, rng: np.random.Generator
 
 
 def _crossings(
-    before: np.ndarray,
-    after: np.ndarray,
-    reference: np.ndarray,
-    start: float,
-    stop: float,
-    on: np.ndarray,
-    off: np.ndarray,
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(t, pixel, p) of the levels crossed between two samples, the ON and the OFF; `reference` is moved on."""
-    found = []
-    rise = after - reference
-    for p, sign, threshold in ((1, 1.0, on), (0, -1.0, off)):
-        # a level that rounding put a hair beyond the sample is reached
-        pixels = np.flatnonzero(sign * rise >= threshold * (1 - _HAIR))
-        if not len(pixels):
-            continue
-        count = np.floor(sign * rise[pixels] / threshold[pixels] + 2 * _HAIR).astype(np.int64)
-        pixel = np.repeat(pixels, count)
-        # 1, 2, ... for each pixel's own levels
-        rank = np.arange(len(pixel)) - np.repeat(np.cumsum(count) - count, count) + 1
-        level = reference[pixel] + sign * threshold[pixel] * rank
-        # the sign of what is left tells the direction, so the divisor is never 0
-        part = np.clip((level - before[pixel]) / (after[pixel] - before[pixel]), 0.0, 1.0)
-        t = np.rint(start + part * (stop - start)).astype(np.int64)
-        found.append((t, pixel, np.full(len(pixel), p, np.int64)))
-        reference[pixels] += sign * threshold[pixels] * count
-    return found
+    first: np.ndarray, seen: Iterator[np.ndarray], times: np.ndarray, on: np.ndarray, off: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(t, pixel, p) of every level that is crossed, in no order; the samples `seen` follow `first`, [H * W] each."""
+    reference, before = first.copy(), first
+    # a level that rounding put a hair beyond the sample is reached
+    reach_on, reach_off = on * (1 - _HAIR), off * (_HAIR - 1)
+    # of each pixel and interval with crossings: interval, pixel, how many, reference, signed threshold, both samples
+    found: list[tuple] = []
+    for number, after in enumerate(seen):
+        rise = after - reference
+        pixel = np.flatnonzero((rise >= reach_on) | (rise <= reach_off))
+        if len(pixel):
+            rise = rise[pixel]
+            step = np.where(rise > 0, on[pixel], -off[pixel])
+            count = np.floor(rise / step + 2 * _HAIR)
+            found.append(
+                (np.full(len(pixel), number), pixel, count, reference[pixel], step, before[pixel], after[pixel])
+            )
+            reference[pixel] += step * count
+        before = after
+    if not found:
+        return _NONE, _NONE, _NONE
+    number, pixel, count, level, step, before, after = (np.concatenate(part) for part in zip(*found, strict=True))
+    count = count.astype(np.int64)
+    which = np.repeat(np.arange(len(pixel)), count)
+    # 1, 2, ... for the levels of each pixel in an interval
+    rank = np.arange(len(which)) - np.repeat(np.cumsum(count) - count, count) + 1
+    # a pixel that crosses a level changes, so the divisor is not 0
+    share = np.clip((level[which] + step[which] * rank - before[which]) / (after - before)[which], 0.0, 1.0)
+    t = times[number][which] + share * np.diff(times)[number][which]
+    return np.rint(t).astype(np.int64), pixel[which], (step[which] > 0).astype(np.int64)
 
 
 def _noise(pixels: int, times: np.ndarray, rate_hz: float, rng: np.random.Generator):
