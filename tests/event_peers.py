@@ -5,6 +5,7 @@ import sys
 import types
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 
@@ -58,3 +59,19 @@ def tonic_package():
     import tonic.transforms
 
     return tonic
+
+
+def write_with_faery(path, recording, **options) -> None:
+    """A recording as faery writes it: .aedat4, .dat or .raw by the suffix; skips if faery is not installed.
+
+    Args:
+        options: of `to_file`: version ("dat2", "evt2", "evt3"), compression (None, ("lz4", 1), ("zstd", 1)).
+    """
+    faery = pytest.importorskip("faery", reason="faery is not installed")
+    events = np.zeros(len(recording), faery.EVENTS_DTYPE)
+    for theirs, ours in zip(faery.EVENTS_DTYPE.names, "txyp", strict=True):
+        events[theirs] = recording.events[ours]
+    if path.suffix != ".aedat4":
+        # else it writes times from the first event on
+        options["zero_t0"] = False
+    faery.events_stream_from_array(events, recording.sensor).to_file(path, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from psn_train.cli import event_shards
 from psn_train.cli.arguments import count
 
 
@@ -27,13 +28,16 @@ def add(verbs, verb) -> None:
     images.add_argument("--workers", type=count, default=os.cpu_count())
     images.add_argument("--skip-bad", action="store_true", help="leave unreadable images out; they are listed")
     images.add_argument("--overwrite", action="store_true", help="replace shards that were made otherwise")
+    event_shards.add(kinds, verb)
     index = verb("index", _shards_index, "write an index.json for webdataset shards that have none", kinds)
     index.add_argument("shards", nargs="+", metavar="SHARD", help="paths, URLs, pipe: commands; braces are expanded")
     index.add_argument("--to", required=True, metavar="DIR", help="folder for index.json")
     index.add_argument("--split", default="train")
     index.add_argument("--classes", help="text file with one class a line")
     index.add_argument("--workers", type=count, default=os.cpu_count())
-    verify = verb("verify", _shards_verify, "read shards whole, decode every image, compare with the index", kinds)
+    verify = verb(
+        "verify", _shards_verify, "read shards whole, decode every image or recording, compare with the index", kinds
+    )
     verify.add_argument("folder", metavar="DIR", help="folder or URL with an index.json")
     verify.add_argument("--workers", type=count, default=os.cpu_count())
     verify.add_argument("--no-decode", action="store_true", help="hashes and counts only")

@@ -101,7 +101,7 @@ def augment_frames(frames: torch.Tensor, draws: EventDraws) -> torch.Tensor:
     row = torch.arange(height, device=device).view(1, -1, 1)
     column = torch.arange(width, device=device).view(1, 1, -1)
     # which pixel of `frames` each pixel of the result is, row * W + column; negative: none, it is 0
-    source = (row * width + column).expand(count, -1, -1)
+    source = untouched = (row * width + column).expand(count, -1, -1)
     if draws.hflip.any() or draws.vflip.any() or draws.top.any() or draws.left.any():
         top, left, vflip, hflip = pixels[:, 0, :4].view(count, 4, 1, 1).unbind(1)
         # the crop was first, so it is the crop's places that are turned round
@@ -117,6 +117,8 @@ def augment_frames(frames: torch.Tensor, draws: EventDraws) -> torch.Tensor:
         if draws.side[:, number].any():
             hidden = (row >= y_begin) & (row < y_end) & (column >= x_begin) & (column < x_end)
             source = source.masked_fill(hidden, -1)
+    if source is untouched:
+        return frames
     source = source.reshape(1, count, 1, -1)
     places = source.clamp(min=0).expand(T, -1, channels, -1)
     return frames.flatten(3).gather(3, places).masked_fill_(source < 0, 0).view(frames.shape)

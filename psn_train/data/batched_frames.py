@@ -243,7 +243,8 @@ def voxel_packed(packed: PackedEvents, T: int, signed: bool = False) -> torch.Te
     check_frames(T)
     width, height = packed.sensor
     spans = np.maximum(1, _durations(packed))
-    count, size = len(packed), (1 if signed else 2) * height * width
+    count, channels = len(packed), 1 if signed else 2
+    size = channels * height * width
     # T t = bin * span + rest; the bin begins at the first t with T t >= bin * span. What is in bin T is not used
     bins = np.arange(T + 1)
     begins = _first_at(packed, -(-bins * spans[:, None] // T))
@@ -260,7 +261,7 @@ def voxel_packed(packed: PackedEvents, T: int, signed: bool = False) -> torch.Te
     grid = _zeros(((T + 1) * count + 1) * size, torch.int64, packed.device)
     grid.index_add_(0, places, share)
     grid.index_add_(0, places.add_(count * size), rest)
-    grid = grid[: T * count * size].view(T, count, -1, height, width)
+    grid = grid[: T * count * size].view(T, count, channels, height, width)
     return grid / to_device(spans, packed.device).view(-1, 1, 1, 1)
 
 
@@ -273,16 +274,16 @@ def resize_frames(
     are older, so that False, which reads the two nearest pixels of each row and column and skips the rest, is theirs.
 
     Args:
-        antialias: smooth before a bilinear resize to fewer pixels.
-        interpolation: `bilinear` or `nearest`.
+        antialias: smooth before a bilinear or bicubic resize to fewer pixels.
+        interpolation: `bilinear`, `bicubic` or `nearest`.
     """
     if frames.shape[-2:] == (size, size):
         return frames
     if interpolation == "nearest":
         options = {}
-    elif interpolation == "bilinear":
+    elif interpolation in ("bilinear", "bicubic"):
         options = {"align_corners": False, "antialias": antialias}
     else:
-        raise ValueError(f"resize_frames: interpolation = {interpolation!r}; wanted 'bilinear' or 'nearest'")
+        raise ValueError(f"resize_frames: interpolation = {interpolation!r}; wanted bilinear, bicubic or nearest")
     flat = F.interpolate(frames.flatten(0, 1), size=(size, size), mode=interpolation, **options)
     return flat.view(*frames.shape[:3], size, size)

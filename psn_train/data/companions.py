@@ -17,11 +17,15 @@ from psn_train.data.index import ShardIndex, load_index
 def companion_texts(index: ShardIndex) -> dict[str, str]:
     """{file name: text} of everything that stands beside this index."""
     sizes = {shard.name: shard.num_samples for shard in index.shards}
-    return {
+    texts = {
         "_info.json": json.dumps({"splits": {index.split: _timm_split(index)}}, indent=1) + "\n",
         "sizes.json": json.dumps(sizes, indent=1) + "\n",
         "classes.txt": "".join(f"{name}\n" for name in index.classes),
     }
+    if index.kind != "images":
+        # timm reads images only
+        del texts["_info.json"]
+    return texts
 
 
 def _timm_split(index: ShardIndex, folder: str = "") -> dict:
@@ -40,10 +44,12 @@ def write_companions(index: ShardIndex, folder: str | os.PathLike) -> None:
 
 
 def write_timm_root(root: str | os.PathLike) -> Path:
-    """Write `root/_info.json` for all splits in folders of `root`, so that timm's scripts find them under one root."""
+    """Write `root/_info.json` for all splits of images in folders of `root`, so that timm's scripts find them there."""
     splits = {}
     for path in sorted(Path(root).glob("*/index.json")):
         index = load_index(path)
+        if index.kind != "images":
+            continue
         splits[index.split] = _timm_split(index, path.parent.name + "/")
     _replace(Path(root) / "_info.json", json.dumps({"splits": splits}, indent=1) + "\n")
     return Path(root) / "_info.json"

@@ -16,6 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from psn_train.data.companions import write_companions
+from psn_train.data.events.codec import VERSION, peek
 from psn_train.data.image_files import IMAGE_EXTENSIONS
 from psn_train.data.index import Shard, ShardError, ShardIndex, is_url, save_index
 from psn_train.data.pool import Bar, run_jobs
@@ -87,8 +88,9 @@ def index_shards(
 ) -> ShardIndex:
     """Read foreign shards once, from end to end, and write `out/index.json` for them.
 
-    Samples are grouped as webdataset groups them. Each needs an image (or events) and a class: `.cls` with an integer,
-    or `.json` with one, bare or under label, cls, class, class_id or target; with `classes` a name will do.
+    Samples are grouped as webdataset groups them. Each needs an image, or a coded recording as `.events`, and a class:
+    `.cls` with an integer, or `.json` with one, bare or under label, cls, class, class_id or target; with `classes` a
+    name will do.
 
     Args:
         urls: paths, http(s) URLs or `pipe:` commands, or one of them; braces are expanded: `in-{000..127}.tar`.
@@ -99,7 +101,8 @@ def index_shards(
         workers: processes; by default one for every core.
 
     Raises:
-        ShardError: a shard cannot be read, is damaged or compressed, or has samples without an image or a class.
+        ShardError: a shard cannot be read, is damaged or compressed, or has samples without an image or a class; or
+            some samples are images and others recordings, or recordings are of several sensors.
     """
     import braceexpand
 
@@ -113,30 +116,50 @@ def index_shards(
         raise ShardError(f"{next(name for name in names if names.count(name) > 1)} is named twice")
     places = None if classes is None else {name: label for label, name in enumerate(classes)}
     jobs = [(url, name, places) for url, name in zip(expanded, names, strict=True)]
-    found: dict[int, tuple[Shard, np.ndarray, set[str]]] = {}
+    found: dict[int, tuple[Shard, np.ndarray, set[str], dict]] = {}
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     with Bar("reading shards", len(jobs), "shards", progress) as bar:
         for number, result in run_jobs(_index_one, jobs, workers=workers, bar=bar):
             found[number] = result
-    largest = max(len(histogram) for _, histogram, _ in found.values())
+    largest = max(len(histogram) for _, histogram, _, _ in found.values())
     classes = [str(i) for i in range(largest)] if classes is None else [str(name) for name in classes]
     if largest > len(classes):
         raise ShardError(f"a sample has class {largest - 1}, but there are {len(classes)} classes, counted from 0")
     histogram = np.zeros(len(classes), dtype=np.int64)
-    for _, counts, _ in found.values():
+    for _, counts, _, _ in found.values():
         histogram[: len(counts)] += counts
-    kinds = set().union(*(kinds for _, _, kinds in found.values()))
+    kinds = set().union(*(kinds for _, _, kinds, _ in found.values()))
     if not kinds:
         raise ShardError("the shards hold no samples")
     if len(kinds) > 1:
         raise ShardError("some samples are images, others are events")
     plan = {"source": {"type": "webdataset shards"}}
+    if kinds == {"events"}:
+        plan["events"] = _events_plan([totals for _, _, _, totals in found.values()])
     shards = [found[number][0] for number in range(len(jobs))]
     index = ShardIndex(kinds.pop(), split, classes, histogram.tolist(), shards, plan, str(out))
     out.mkdir(parents=True, exist_ok=True)
     write_companions(index, out)
     save_index(index, out)
     return index
+
+
+def _events_plan(totals: list[dict]) -> dict:
+    """What an index says of its recordings, as far as foreign shards tell."""
+    sensors = sorted(set().union(*(of["sensors"] for of in totals)))
+    if len(sensors) > 1:
+        raise ShardError(
+            f"recordings of several sensors: {', '.join(f'{width} x {height}' for width, height in sensors)}"
+        )
+    return {
+        "sensor": list(sensors[0]),
+        "codec": VERSION,
+        "split": {"rule": "given"},
+        "format": "coded already",
+        "num_events": sum(of["events"] for of in totals),
+        "num_bytes": sum(of["bytes"] for of in totals),
+        "repairs": {},
+    }
 
 
 def _name_of(url: str, out: Path) -> str:
@@ -150,12 +173,13 @@ def _name_of(url: str, out: Path) -> str:
 
 
 def sample_kind(extensions) -> str | None:
-    """ "images" or "events" by the extensions of a sample's members; None if it has neither."""
+    """ "images" or "events" by the extensions of a sample's members; None if it has neither.
+
+    Events are recordings that `events.codec` coded, under the extension `events` and no other.
+    """
     if any(extension in IMAGE_EXTENSIONS for extension in extensions):
         return "images"
-    if any(extension.split(".")[0] == "events" for extension in extensions):
-        return "events"
-    return None
+    return "events" if "events" in extensions else None
 
 
 def read_label(data: dict[str, bytes], places: dict[str, int] | None = None) -> int:
@@ -186,19 +210,25 @@ def read_label(data: dict[str, bytes], places: dict[str, int] | None = None) -> 
     return value
 
 
-def _index_one(job: tuple, tick) -> tuple[Shard, np.ndarray, set[str]]:
-    """One shard -> its entry in the index, samples of each class [K], and the kinds of samples."""
+def _index_one(job: tuple, tick) -> tuple[Shard, np.ndarray, set[str], dict]:
+    """One shard -> its entry in the index, samples of each class [K], the kinds of samples, totals of recordings."""
     url, name, places = job
     offsets, labels, kinds, problems = [], [], set(), []
+    totals = {"sensors": set(), "events": 0, "bytes": 0}
     stop = 0
     try:
         with open_stream(url) as stream:
             reader = HashingReader(stream)
-            for sample in walk_samples(reader, name, lambda extension: extension in ("cls", "json")):
+            for sample in walk_samples(reader, name, lambda extension: extension in ("cls", "json", "events")):
                 kind = sample_kind(sample.sizes)
                 try:
                     if kind is None:
-                        raise ValueError(f"no image among {', '.join(sorted(sample.sizes))}")
+                        raise ValueError(f"no image and no .events among {', '.join(sorted(sample.sizes))}")
+                    if kind == "events":
+                        count, sensor, _ = peek(sample.data["events"], ".events")
+                        totals["sensors"].add(sensor)
+                        totals["events"] += count
+                        totals["bytes"] += len(sample.data["events"])
                     labels.append(read_label(sample.data, places))
                     kinds.add(kind)
                 except ValueError as error:
@@ -212,10 +242,10 @@ def _index_one(job: tuple, tick) -> tuple[Shard, np.ndarray, set[str]]:
     if problems:
         more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ShardError(
-            f"{name}: {len(problems)} of {len(offsets)} samples have no image or no class:\n  "
+            f"{name}: {len(problems)} of {len(offsets)} samples have no image, no recording or no class:\n  "
             + "\n  ".join(problems[:_SHOWN])
             + more
         )
     shard = Shard(name, len(offsets), reader.position, reader.digest.hexdigest(), [*offsets, stop])
     tick(1)
-    return shard, np.bincount(np.asarray(labels, dtype=np.int64)), kinds
+    return shard, np.bincount(np.asarray(labels, dtype=np.int64)), kinds, totals

@@ -169,7 +169,10 @@ def _previous(out: Path) -> tuple[dict | None, dict[str, dict]]:
 def _difference(before: dict | None, plan: dict) -> str:
     if not before or "source" not in before:
         return "of unknown origin"
-    differing = [name for name in plan if name != "sha256" and before.get(name) != plan[name]]
+    # of recordings, the index knows totals that a plan does not
+    before = {**before, **{f"events.{name}": before.get("events", {}).get(name) for name in plan.get("events", {})}}
+    plan = {**plan, **{f"events.{name}": value for name, value in plan.get("events", {}).items()}}
+    differing = [name for name in plan if name not in ("sha256", "events") and before.get(name) != plan[name]]
     was = ", ".join(f"{name} {before.get(name)!r}, now {plan[name]!r}" for name in differing if name != "source")
     if "source" in differing:
         was = ", ".join(filter(None, ["another source (its files, classes or sizes differ)", was]))

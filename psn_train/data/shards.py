@@ -21,8 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from psn_train.data.companions import write_companions
+from psn_train.data.events import REPAIRS
+from psn_train.data.events.codec import peek
 from psn_train.data.foreign import index_shards
-from psn_train.data.image_files import BadImage, claimed_kind, encoder_versions, prepare_image
+from psn_train.data.image_files import BadImage, claimed_kind, prepare_image
 from psn_train.data.index import Shard, ShardError, ShardIndex, save_index
 from psn_train.data.pool import Bar, run_jobs
 from psn_train.data.resume import STATE, check_skipped, finished_shards, guard_disk, lock_folder, save_json, sync_folder
@@ -34,7 +36,7 @@ __all__ = ["index_shards", "plan_num_shards", "plan_order", "plan_sizes", "write
 # raised when the bytes that a plan stands for change
 WRITER = 1
 SHARD_BYTES = 140e6
-# headers and padding of an image and its class
+# headers and padding of a sample and its class
 _TAR_BYTES = 4 * BLOCK
 
 
@@ -118,13 +120,13 @@ def write_shards(
 
     Raises:
         ValueError: options that contradict each other.
-        ShardError: an image is empty, unreadable or no image; the disk is full; `out_dir` holds shards of another
-            source or other options; another process writes there.
+        ShardError: an image or a recording is empty, unreadable or none; the disk is full; `out_dir` holds shards of
+            another source or other options; another process writes there.
     """
     workers = workers or os.cpu_count() or 1
     _check_options(source, split, shard_size, num_shards, max_side, quality)
     if num_shards is None:
-        by_size = plan_num_shards(len(source), source.num_bytes + _TAR_BYTES * len(source))
+        by_size = plan_num_shards(len(source), source.shard_bytes + _TAR_BYTES * len(source))
         num_shards = math.ceil(len(source) / shard_size) if shard_size else by_size
     sizes = plan_sizes(len(source), num_shards)
     plan = {
@@ -134,7 +136,8 @@ def write_shards(
         "num_shards": num_shards,
         "max_side": max_side,
         "quality": quality if max_side is not None else None,
-        "encoder": encoder_versions() if max_side is not None or source.encodes else None,
+        "encoder": source.encoder() if max_side is not None or source.encodes else None,
+        **source.plan(),
     }
     plan["sha256"] = hashlib.sha256(json.dumps([split, plan], sort_keys=True).encode()).hexdigest()
     keys = source.keys()
@@ -167,7 +170,7 @@ def write_shards(
                 samples = [(keys[i], int(source.labels[i]), source.names[i], source.reference(i)) for i in places]
                 yield _Job(str(out), names[shard], reader, samples, max_side, quality, skip_bad)
 
-        unit = "images" if source.kind == "images" else "samples"
+        unit = "images" if source.kind == "images" else "recordings"
         with Bar(f"{split} shards", len(source), unit, progress, done=kept) as bar:
             if finished and todo:
                 bar.say(f"{out}: {len(finished)} of {num_shards} shards are there already, going on")
@@ -190,6 +193,8 @@ def _check_options(source, split, shard_size, num_shards, max_side, quality) -> 
         raise ValueError(f"the split {split!r} has no samples ({source.notes or 'nothing was passed over'})")
     if shard_size is not None and num_shards is not None:
         raise ValueError("give shard_size or num_shards, not both")
+    if max_side is not None and source.kind != "images":
+        raise ValueError(f"max_side is for images; these are {source.kind}")
     for name, value in (("shard_size", shard_size), ("num_shards", num_shards), ("max_side", max_side)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}, wanted at least 1")
@@ -245,6 +250,9 @@ def _write_shard(job: _Job, tick: Callable[[int], None]) -> dict:
 def _read_sample(job: _Job, key: str, name: str, reference, remarks: dict) -> dict[str, bytes]:
     """The members of a sample without its class. An image gets the extension of what it is."""
     sample = job.reader(reference)
+    if "events" in sample:
+        totals = remarks.setdefault("recordings", {"events": 0, "bytes": 0, "repairs": {}})
+        _add_totals(totals, peek(sample["events"])[0], len(sample["events"]), sample.pop("repairs", {}))
     if "image" not in sample:
         return sample
     image = prepare_image(sample.pop("image"), job.max_side, job.quality)
@@ -259,10 +267,17 @@ def _read_sample(job: _Job, key: str, name: str, reference, remarks: dict) -> di
     return {**sample, image.extension: image.data}
 
 
+def _add_totals(totals: dict, events: int, num_bytes: int, repairs: dict[str, int]) -> None:
+    totals["events"] += events
+    totals["bytes"] += num_bytes
+    for name, count in repairs.items():
+        totals["repairs"][name] = totals["repairs"].get(name, 0) + count
+
+
 def _check_room(out: Path, source: Source, max_side: int | None, written: int) -> None:
     if source.sizes is None or max_side is not None:
         return
-    wanted = source.num_bytes + _TAR_BYTES * len(source) - written
+    wanted = source.shard_bytes + _TAR_BYTES * len(source) - written
     free = shutil.disk_usage(out).free
     if free < wanted:
         raise ShardError(f"{out}: {wanted / 1e9:.1f} GB are still to be written, {free / 1e9:.1f} GB are free")
@@ -278,6 +293,19 @@ def _make_index(source, split, plan, names, keys, finished, location) -> ShardIn
     if not sum(shard.num_samples for shard in shards):
         raise ShardError(f"{location}: not one of {len(source)} samples could be read; nothing was written")
     plan = {**plan, "remarks": remarks, "passed_over": source.notes}
+    if source.kind == "events":
+        totals = {"events": 0, "bytes": 0, "repairs": {}}
+        for remark in remarks.values():
+            if "recordings" in remark:
+                of = remark["recordings"]
+                _add_totals(totals, of["events"], of["bytes"], of["repairs"])
+        repairs = dict(sorted(totals["repairs"].items()))
+        plan["events"] = {
+            **plan.get("events", {}),
+            "num_events": totals["events"],
+            "num_bytes": totals["bytes"],
+            "repairs": repairs,
+        }
     return ShardIndex(source.kind, split, source.classes, histogram.tolist(), shards, plan, location)
 
 
@@ -286,6 +314,10 @@ def _say_remarks(bar: Bar, source: Source, finished: dict[str, dict]) -> None:
     for reason, count in source.notes.items():
         bar.say(f"  passed over: {count} {reason}")
     remarks = [record["remarks"] for record in finished.values()]
+    repaired = [remark["recordings"]["repairs"] for remark in remarks if "recordings" in remark]
+    for name in sorted({name for repairs in repaired for name in repairs}):
+        count = sum(repairs.get(name, 0) for repairs in repaired)
+        bar.say(f"  repaired, {name}: {count} {REPAIRS.get(name, '')}")
     for what, text in (
         ("skipped", "left out, cannot be read"),
         ("misnamed", "kept, but not what their names say"),

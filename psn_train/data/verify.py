@@ -1,9 +1,9 @@
 """Read shards from end to end and compare them with their index: before GPU hours are spent on them, not after.
 
 Problems make a report fail: a shard that is missing, cut, longer, or has another sha256; other counts, offsets or
-classes than the index states; keys that occur twice; images that cannot be decoded; shards and companions that do not
-belong to the index. Notes do not: CMYK images and files that are not what their names say are decoded by every reader
-here, but other people's loaders stumble over them.
+classes than the index states; keys that occur twice; images and recordings that cannot be decoded, or recordings of
+another sensor; shards and companions that do not belong to the index. Notes do not: CMYK images and files that are not
+what their names say are decoded by every reader here, but other people's loaders stumble over them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from psn_train.data.companions import companion_texts
+from psn_train.data.events.codec import decode_events
+from psn_train.data.events.recording import EventError
 from psn_train.data.foreign import open_stream, read_label, sample_kind
 from psn_train.data.image_files import IMAGE_EXTENSIONS, BadImage, claimed_kind, decode_fully, sniff
 from psn_train.data.index import Shard, ShardError, ShardIndex, is_url, load_index
@@ -45,10 +47,13 @@ class VerifyReport:
 
     location: str
     split: str = ""
+    kind: str = "images"
     num_shards: int = 0  # in the index
     num_samples: int = 0  # that were read
     num_bytes: int = 0  # that were read
     num_decoded: int = 0
+    num_events: int = 0  # in the recordings that were decoded
+    event_bytes: int = 0  # that these take, coded
     class_histogram: list[int] = field(default_factory=list)  # of the samples that were read
     problems: list[Problem] = field(default_factory=list)
     cmyk: list[tuple[str, str]] = field(default_factory=list)
@@ -62,9 +67,12 @@ class VerifyReport:
         return not self.problems
 
     def __str__(self) -> str:
+        decoded = f"{self.num_decoded} {'images' if self.kind == 'images' else 'recordings'} decoded"
+        if self.num_events:
+            decoded += f" ({self.num_events} events, {self.event_bytes / self.num_events:.2f} bytes an event)"
         lines = [
             f"{self.location} ({self.split}): {self.num_samples} samples in {self.num_shards} shards, "
-            f"{self.num_bytes / 1e6:.1f} MB, {self.num_decoded} images decoded, {self.seconds:.1f} s"
+            f"{self.num_bytes / 1e6:.1f} MB, {decoded}, {self.seconds:.1f} s"
         ]
         for name, places, why in self._notes():
             shown = ", ".join(f"{shard}: {key}" for shard, key in places[:5])
@@ -92,6 +100,8 @@ class _ShardResult:
     num_samples: int = 0
     num_bytes: int = 0
     num_decoded: int = 0
+    num_events: int = 0
+    event_bytes: int = 0
     labels: list[int] = field(default_factory=list)
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))  # 64-bit hashes [n]
     problems: list[tuple[str, str]] = field(default_factory=list)
@@ -103,7 +113,7 @@ class _ShardResult:
 def verify_shards(
     where: str | os.PathLike, *, workers: int | None = None, decode: bool = True, progress: bool = True
 ) -> VerifyReport:
-    """Read every byte of the shards of an index, and decode every pixel of their images.
+    """Read every byte of the shards of an index, and decode every pixel of their images or every event.
 
     Args:
         where: a folder with an `index.json`, that file, or the URL of either.
@@ -116,10 +126,11 @@ def verify_shards(
     """
     began = time.monotonic()
     index = load_index(where)
-    report = VerifyReport(os.fspath(where), index.split, len(index.shards))
+    report = VerifyReport(os.fspath(where), index.split, index.kind, len(index.shards))
     report.problems += [Problem("", "", what) for what in _check_folder(index)]
     places = {name: label for label, name in enumerate(index.classes)}
-    jobs = [(index.shard_url(shard), shard, index.kind, places, decode) for shard in index.shards]
+    sensor = index.plan.get("events", {}).get("sensor")
+    jobs = [(index.shard_url(shard), shard, index.kind, places, decode, sensor) for shard in index.shards]
     results: list[_ShardResult] = [_ShardResult()] * len(jobs)
     workers = max(1, min(workers or os.cpu_count() or 1, len(jobs)))
     with Bar("verifying", index.num_samples, "samples", progress) as bar:
@@ -130,6 +141,8 @@ def verify_shards(
         report.num_samples += result.num_samples
         report.num_bytes += result.num_bytes
         report.num_decoded += result.num_decoded
+        report.num_events += result.num_events
+        report.event_bytes += result.event_bytes
         labels += result.labels
         report.problems += [Problem(shard.name, key, what) for key, what in result.problems]
         for name in ("cmyk", "png_in_jpeg", "misnamed"):
@@ -143,7 +156,7 @@ def verify_shards(
 
 def _verify_one(job: tuple, tick) -> _ShardResult:
     """Compare one shard with its entry in the index."""
-    url, shard, kind, places, decode = job
+    url, shard, kind, places, decode, sensor = job
     result, offsets, hashes = _ShardResult(), [], []
     stop = 0
     samples_seen = 0
@@ -155,7 +168,7 @@ def _verify_one(job: tuple, tick) -> _ShardResult:
                     offsets.append(sample.offset)
                     stop = sample.stop
                     hashes.append(hashlib.blake2b(sample.key.encode("utf-8", "replace"), digest_size=8).digest())
-                    _verify_sample(sample, kind, places, decode, result)
+                    _verify_sample(sample, kind, places, decode, sensor, result)
                     samples_seen += 1
                     tick(1)
             except TarDamage as error:
@@ -190,7 +203,9 @@ def _compare(shard: Shard, result: _ShardResult, offsets: list[int], sha256: str
     result.problems[:0] = [("", what) for what in differences]
 
 
-def _verify_sample(sample: TarSample, kind: str, places: dict[str, int], decode: bool, result: _ShardResult) -> None:
+def _verify_sample(
+    sample: TarSample, kind: str, places: dict[str, int], decode: bool, sensor: list[int] | None, result: _ShardResult
+) -> None:
     try:
         label = read_label(sample.data, places)
         if label >= len(places):
@@ -204,6 +219,21 @@ def _verify_sample(sample: TarSample, kind: str, places: dict[str, int], decode:
     for extension in sorted(sample.data):
         if extension in IMAGE_EXTENSIONS:
             _verify_image(sample.key, extension, sample.data[extension], decode, result)
+        elif extension == "events" and decode:
+            _verify_recording(sample.key, sample.data[extension], sensor, result)
+
+
+def _verify_recording(key: str, data: bytes, sensor: list[int] | None, result: _ShardResult) -> None:
+    try:
+        recording = decode_events(data, ".events")
+    except EventError as error:
+        result.problems.append((key, f"cannot be decoded: {error}"))
+        return
+    if sensor is not None and list(recording.sensor) != list(sensor):
+        result.problems.append((key, f"sensor {list(recording.sensor)}, the index says {list(sensor)}"))
+    result.num_decoded += 1
+    result.num_events += len(recording)
+    result.event_bytes += len(data)
 
 
 def _verify_image(key: str, extension: str, data: bytes, decode: bool, result: _ShardResult) -> None:

@@ -181,11 +181,11 @@ def evaluate_folder(
 
     index = load_index(shards)
     model, recipe, meta = load_any(where, prefer=prefer, weights=weights)
+    check_kind(index, recipe, "--shards")
     if model.num_classes < len(index.classes):
         raise CheckpointError(
             f"{where} tells {model.num_classes} classes apart, {shards} has {len(index.classes)}; other data?"
         )
-    check_kind(index, recipe, "--shards")
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
     place = _device(device)
     cache = Path(recipe.data.cache_dir or Path(where) / "shards")

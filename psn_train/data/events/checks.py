@@ -9,6 +9,7 @@ from psn_train.data.events.recording import EventError, Recording, make_events
 # of the cameras that the field's datasets were recorded with; (width, height), the smallest first
 KNOWN_SENSORS = ((34, 34), (128, 128), (240, 180), (304, 240), (346, 260), (640, 480), (1280, 720))
 _LARGEST_SENSOR = 1 << 15
+_PRINTABLE = bytes(range(32, 127)) + b"\t\r"
 
 
 def unwrap(ticks: np.ndarray, bits: int) -> tuple[np.ndarray, int]:
@@ -63,6 +64,18 @@ def smallest_sensor(x: np.ndarray, y: np.ndarray, where: str) -> tuple[int, int]
         f"{where}: addresses up to ({right}, {bottom}) are on no sensor that is known; the largest is "
         f"{KNOWN_SENSORS[-1][0]} x {KNOWN_SENSORS[-1][1]}. Give sensor=(width, height) if they are right"
     )
+
+
+def is_text(line: bytes) -> bool:
+    """Whether a line that starts as those of a header do is text, and no event that happens to start so."""
+    rest = line.translate(None, _PRINTABLE)
+    if not rest:
+        return True
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return min(rest) >= 128
 
 
 def whole_events(payload: int, size: int, repairs: dict[str, int]) -> int:

@@ -5,19 +5,32 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from psn_train.data.events.aedat2 import MAGIC as AEDAT2_MAGIC
 from psn_train.data.events.aedat2 import chip_of, read_aedat2, read_dvs128
+from psn_train.data.events.aedat3 import MAGIC as AEDAT3_MAGIC
+from psn_train.data.events.aedat3 import read_aedat3
+from psn_train.data.events.aedat4 import MAGIC as AEDAT4_MAGIC
+from psn_train.data.events.aedat4 import read_aedat4
 from psn_train.data.events.arrays import read_npy, read_npz
 from psn_train.data.events.atis_bin import read_bin
+from psn_train.data.events.prophesee import evt_version, read_dat, read_evt2, read_evt3
 from psn_train.data.events.recording import EventError, Recording
 
 _READERS = {
     "dvs128": read_dvs128,
     "aedat2": read_aedat2,
+    "aedat3": read_aedat3,
+    "aedat4": read_aedat4,
     "bin": read_bin,
+    "dat": read_dat,
+    "evt2": read_evt2,
+    "evt3": read_evt3,
     "npz": read_npz,
     "npy": read_npy,
 }
 FORMATS = tuple(_READERS)
+# what the header of a raw file says -> format
+_EVT_FORMATS = {"2": "evt2", "2.0": "evt2", "3": "evt3", "3.0": "evt3"}
 
 
 def read_recording(path: str | os.PathLike, format: str | None = None, sensor=None) -> Recording:
@@ -39,7 +52,7 @@ def read_recording(path: str | os.PathLike, format: str | None = None, sensor=No
 
 
 def parse_recording(data: bytes, format: str, sensor=None, where: str = "recording") -> Recording:
-    """The recording in bytes, such as a member of a zip; `where` names them in errors. As `read_recording` otherwise."""
+    """The recording in bytes, such as a member of a zip; `where` names them in errors. Else as `read_recording`."""
     if format not in _READERS:
         raise EventError(f"{where}: format {format!r}; known are {', '.join(FORMATS)}")
     return _READERS[format](bytes(data), where=where, sensor=sensor)
@@ -54,8 +67,18 @@ def guess_format(data: bytes, suffix: str, where: str = "recording") -> str:
         EventError: it is none of FORMATS.
     """
     suffix = suffix.lower()
-    if data.startswith(b"#!AER-DAT2"):
+    if data.startswith(AEDAT2_MAGIC):
         return "dvs128" if chip_of(data, where) is None else "aedat2"
+    if data.startswith(AEDAT3_MAGIC):
+        return "aedat3"
+    if data.startswith(AEDAT4_MAGIC):
+        return "aedat4"
+    if data.startswith(b"%"):
+        version = evt_version(data, where)
+        if version is None and suffix == ".dat":
+            return "dat"
+        if version in _EVT_FORMATS:
+            return _EVT_FORMATS[version]
     if data.startswith(b"\x93NUMPY"):
         return "npy"
     if data.startswith(b"PK\x03\x04") and suffix == ".npz":

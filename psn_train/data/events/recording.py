@@ -2,7 +2,7 @@
 
 Conventions, for every reader: `t` in microseconds, int64, never falling; `x` from 0 at the left to width - 1, `y` from
 0 at the top to height - 1 as the format defines left and top; `p` 1 where it became brighter (ON) and 0 where it became
-darker (OFF), with the exception that is stated at `aedat2.read_dvs128`.
+darker (OFF). The one exception is stated at `aedat2.read_dvs128`: x and y change places.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ REPAIRS = {
     "sorted": "events that came before an earlier one and were put in their place (stable sort by time)",
     "cut_bytes": "bytes at the end that are less than one event and were left out",
     "not_polarity": "words of other kinds (APS, IMU, special events), which are no events of the sensor",
+    "not_valid": "places of AEDAT 3 packets that are marked as not valid, or hold nothing",
+    "no_base": "EVT2 and EVT3 events before the first word that says their time or their row; left out",
+    "other_streams": "events of a further camera in the same file (AEDAT 3 and 4), which were left out",
 }
 
 

@@ -1,4 +1,4 @@
-"""What every source of images has in common, and images that are in memory already.
+"""What every source of samples has in common, and images that are in memory already.
 
 A source lists its samples without reading them. Each has a key (its name in the shards), a class, a place that people
 understand, and a small reference from which `source.reader()` gets its bytes in any process.
@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from psn_train.data.image_files import encode_png
+from psn_train.data.image_files import encode_png, encoder_versions
 
 # what USTAR takes before and after a slash, less room for an extension
 _KEY_FOLDER, _KEY_NAME = 150, 84
@@ -33,9 +33,9 @@ class Source:
         notes: what was passed over, by reason.
     """
 
-    kind = "images"
+    kind = "images"  # or "events"
     type = "source"  # for the plan of the shards: the sort of source, never its location
-    encodes = False  # True if the reader makes the image files, so that their bytes depend on the encoder
+    encodes = False  # True if the reader makes the samples' bytes, so that they depend on the encoder
 
     def __init__(
         self,
@@ -68,6 +68,19 @@ class Source:
         """Of all samples, as far as that is known before they are read; else an estimate."""
         return int(self.sizes.sum()) if self.sizes is not None else 0
 
+    @property
+    def shard_bytes(self) -> int:
+        """About what the samples will take in the shards, tar's headers aside."""
+        return self.num_bytes
+
+    def plan(self) -> dict:
+        """What identifies the shards beside the source itself, for the index's plan."""
+        return {}
+
+    def encoder(self) -> str:
+        """What bytes that are made here depend on, beside the sample: programs and their versions."""
+        return encoder_versions()
+
     def keys(self) -> list[str]:
         """Names for the shards [n]: unique, ASCII, without dots."""
         return make_keys(self.names)
@@ -90,6 +103,8 @@ class Source:
         """A picklable function: reference -> {extension: bytes}.
 
         The bytes of an image file of any kind go under the extension `image`; the writer finds out which kind it is.
+        A recording goes under `events`, coded, and beside it under `repairs` {name: count}, which is not written but
+        summed in the index.
 
         Args:
             scratch: a folder that lives as long as the shards are being written, for sources that must rearrange.
