@@ -12,8 +12,6 @@ from psn_train.demo.digits import CLASSES, held_out, load_digits
 from psn_train.demo.steps import PYTHON, finish, fresh_folder, run_step, train
 
 RECIPE = "nmnist/sew_resnet10_psn.demo_events"
-# N-MNIST's name of a split -> ours
-SPLITS = {"Train": "train", "Test": "val"}
 PROCESSES = 2
 
 
@@ -28,9 +26,14 @@ def run(out: str) -> int:
     mean = count / len(labels)
     print(f"   {recordings}: {len(labels)} recordings of {mean:,.0f} events on average (N-MNIST's have 4,100)")
     print(f"   {time.monotonic() - begin:.1f} s", flush=True)
-    write_shards(recordings, folder / "shards")
-    train(RECIPE, folder)
-    finish(folder, RECIPE.partition("/")[2], "events.png", begin, {"recordings": f"{recordings} (for `psn view`, too)"})
+    run_step(
+        "recordings -> webdataset shards",
+        [*PYTHON, "psn_train.cli", "shards", "nmnist", str(recordings), str(folder / "shards")]
+        + ["--workers", str(PROCESSES)],
+    )
+    train(RECIPE, folder, "test")
+    places = {"recordings": f"{recordings} (psn view {recordings}/Test/3/... draws one)"}
+    finish(folder, RECIPE.partition("/")[2], "events.png", begin, "test", places)
     return 0
 
 
@@ -48,7 +51,7 @@ def record_digits(
     Returns:
         the events of all recordings.
     """
-    for name in SPLITS:
+    for name in ("Train", "Test"):
         for digit in CLASSES:
             (folder / name / digit).mkdir(parents=True, exist_ok=True)
     names = np.where(test, "Test", "Train")
@@ -72,12 +75,3 @@ def _record(job: tuple[np.ndarray, list[int], list[Path]]) -> int:
         write_bin(path, recording)
         count += len(recording)
     return count
-
-
-def write_shards(recordings: Path, shards: Path) -> None:
-    """`psn shards nmnist`; its test split is what the demo validates on."""
-    run_step(
-        "recordings -> webdataset shards",
-        [*PYTHON, "psn_train.cli", "shards", "nmnist", str(recordings), str(shards), "--workers", str(PROCESSES)],
-    )
-    (shards / "test").rename(shards / "val")

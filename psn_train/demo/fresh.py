@@ -51,7 +51,9 @@ class Answers:
         right = np.flatnonzero(~is_wrong).tolist()
         # one of each digit as long as there are digits
         first = {int(self.labels[number]): number for number in right[::-1]}
-        order = sorted(first.values()) + [number for number in right if number not in set(first.values())]
+        order = [first[digit] for digit in sorted(first)] + [
+            number for number in right if number not in set(first.values())
+        ]
         return order[: count - len(last)] + last
 
 

@@ -25,5 +25,5 @@ def run(out: str) -> int:
         index = write_shards(source, folder / "shards" / split, split=split, workers=2, progress=False)
         print(f"   {folder / 'shards' / split}: {index.num_samples} digits in {len(index.shards)} shards")
     train(RECIPE, folder)
-    finish(folder, RECIPE.partition("/")[2], "digits.png", begin, {})
+    finish(folder, RECIPE.partition("/")[2], "digits.png", begin)
     return 0

@@ -52,8 +52,14 @@ def draw_events(frames: np.ndarray, answers: Answers, path: Path) -> None:
     from matplotlib.ticker import PercentFormatter
 
     shown, T = answers.shown(8, 2), frames.shape[1]
-    figure = figure_class()(figsize=(15, 14), layout="constrained")
-    figure.suptitle(_headline(answers, "Held-out digits before a simulated event camera:"), x=0.01, ha="left")
+    figure = figure_class()(figsize=(15, 14.5), layout="constrained")
+    figure.suptitle(
+        _headline(answers, "Held-out digits before a simulated event camera:")
+        + "\nframes; spikes of the first layer, the darker the more channels; answer of each step alone",
+        fontsize=12,
+        x=0.01,
+        ha="left",
+    )
     event_legend(figure)
     scale = scale_of(frames[shown])
     brightest = float(answers.spikes[:, shown].max())
@@ -63,6 +69,7 @@ def draw_events(frames: np.ndarray, answers: Answers, path: Path) -> None:
         axes = part.subplots(3, T, squeeze=False, height_ratios=(1, 1, 1.1))
         for step in range(T):
             axes[0, step].imshow(paint(frames[number, step], scale), interpolation="nearest")
+            axes[0, step].set_title(f"step {step + 1}", fontsize=7, pad=3)
             spikes = answers.spikes[step, number]
             axes[1, step].imshow(spikes, cmap="gray_r", vmin=0, vmax=brightest, interpolation="nearest")
             bars = axes[2, step].bar(range(10), answers.steps[step, number], color="0.7")

@@ -46,8 +46,8 @@ def run_step(title: str, command: list[str], environment: dict[str, str] | None 
     return done.stdout or ""
 
 
-def train(recipe: str, folder: Path) -> None:
-    """`accelerate launch` on FOLDER/shards/{train,val}, the run in FOLDER/run."""
+def train(recipe: str, folder: Path, val: str = "val") -> None:
+    """`accelerate launch` on FOLDER/shards/train and FOLDER/shards/VAL, the run in FOLDER/run."""
     # two processes on a CPU; on a machine with GPUs, all of them, as accelerate finds them
     import torch
 
@@ -63,24 +63,27 @@ def train(recipe: str, folder: Path) -> None:
         "train through accelerate",
         [*PYTHON, "accelerate.commands.launch", *launch, "--mixed_precision", "no", "--dynamo_backend", "no"]
         + ["-m", "psn_train.train", str(recipes_folder() / f"{recipe}.yaml")]
-        + [f"data.train={folder}/shards/train", f"data.val={folder}/shards/val", f"run_dir={folder}/run"],
+        + [f"data.train={folder}/shards/train", f"data.val={folder}/shards/{val}", f"run_dir={folder}/run"],
         environment,
     )
 
 
-def finish(folder: Path, name: str, picture: str, begin: float, places: dict[str, str]) -> None:
+def finish(
+    folder: Path, name: str, picture: str, begin: float, val: str = "val", places: dict[str, str] | None = None
+) -> None:
     """Evaluate the run, write a timm folder, load it in a fresh process, and say where everything is.
 
     Args:
         name: of the timm folder.
         picture: its file's name.
         begin: when the demo began, of time.monotonic.
+        val: the split in FOLDER/shards that was held out.
         places: what else there is to find, {what: where}.
 
     Raises:
         ValueError: the published network answers otherwise than the run.
     """
-    val = str(folder / "shards" / "val")
+    val = str(folder / "shards" / val)
     evaluated = json.loads(
         run_step(
             "evaluate the best checkpoint",
@@ -108,7 +111,7 @@ def finish(folder: Path, name: str, picture: str, begin: float, places: dict[str
         "timm folder": str(published),
         "run": f"{folder / 'run'} (metrics.jsonl, tensorboard/, checkpoints/)",
         "shards": str(folder / "shards"),
-        **places,
+        **(places or {}),
     }
     width = max(map(len, places))
     print(

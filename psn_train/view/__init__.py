@@ -7,7 +7,7 @@ from pathlib import Path
 from psn_train.data.events import EventError
 from psn_train.recipe import Recipe
 from psn_train.view.animation import write_gif
-from psn_train.view.figure import write_png
+from psn_train.view.figure import figure_class, write_png
 from psn_train.view.frames import Cut, cut_of_recipe, make_frames
 from psn_train.view.source import open_recording
 
@@ -40,6 +40,8 @@ def run_view(
         ValueError: nothing can be read there, or matplotlib is missing.
     """
     base, suffixes = _targets(out)
+    if ".png" in suffixes:
+        figure_class()
     if recipe is not None:
         cut = cut_of_recipe(recipe)
     seen = open_recording(where, format=format, sensor=sensor, sample=sample)
