@@ -45,10 +45,10 @@ class Answers:
         return self.probabilities.argmax(1)
 
     def shown(self, count: int, wrong: int) -> list[int]:
-        """Samples to draw: right ones, then at most `wrong` wrong ones."""
+        """At most `count` samples to draw: right ones, then `wrong` wrong ones, or more where right ones are few."""
         is_wrong = self.predicted != self.labels
-        last = np.flatnonzero(is_wrong)[:wrong].tolist()
         right = np.flatnonzero(~is_wrong).tolist()
+        last = np.flatnonzero(is_wrong)[: max(wrong, count - len(right))].tolist()
         # one of each digit as long as there are digits
         first = {int(self.labels[number]): number for number in right[::-1]}
         order = [first[digit] for digit in sorted(first)] + [

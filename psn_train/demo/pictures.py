@@ -34,7 +34,7 @@ def _headline(answers: Answers, what: str) -> str:
 def draw_images(images: Sequence[Image], answers: Answers, path: Path) -> None:
     """Write 24 digits with answer, probability and firing rate."""
     figure = figure_class()(figsize=(12, 6.2), layout="constrained")
-    for axis, number in zip(figure.subplots(3, 8).flat, answers.shown(24, 6), strict=True):
+    for axis, number in zip(figure.subplots(3, 8).flat, answers.shown(24, 6), strict=False):
         axis.imshow(images[number], cmap="gray_r")
         says, colour = _says(answers, number)
         axis.set_title(f"{says}\nrate {answers.rates[number]:.3f}", color=colour, fontsize=10)
@@ -63,7 +63,7 @@ def draw_events(frames: np.ndarray, answers: Answers, path: Path) -> None:
     event_legend(figure)
     scale = scale_of(frames[shown])
     brightest = float(answers.spikes[:, shown].max())
-    for part, number in zip(figure.subfigures(4, 2).flat, shown, strict=True):
+    for part, number in zip(figure.subfigures(4, 2).flat, shown, strict=False):
         says, colour = _says(answers, number)
         part.suptitle(f"{says}   rate {answers.rates[number]:.3f}", color=colour, fontsize=11)
         axes = part.subplots(3, T, squeeze=False, height_ratios=(1, 1, 1.1))

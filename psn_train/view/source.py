@@ -106,10 +106,10 @@ def _open_sample(where: str, sample: str | None, format: str | None, sensor: tup
 
 
 def _number(reader: SampleReader, index: ShardIndex, sample: str | None, where: str) -> int:
-    """The sample with a key or, if none has it, with a number."""
+    """The sample with a number, or with a key, which may have leading zeros."""
     if sample is None:
         sample = "0"
-    is_number = sample.isdecimal()
+    is_number = sample.isdecimal() and str(int(sample)) == sample
     if is_number and int(sample) < index.num_samples:
         return int(sample)
     # keys are in the shards alone
