@@ -206,7 +206,7 @@ def train_in_child(tmp_path):
 
 @pytest.fixture(scope="session")
 def dot_shards(tmp_path_factory) -> Path:
-    """Folder with train/ (60 recordings of moving dots in 3 shards) and val/ (24)."""
+    """Folder with train/ (60 recordings of moving dots in 3 shards) and test/ (24)."""
     from event_data import write_dots
 
     return write_dots(tmp_path_factory.mktemp("dots"))

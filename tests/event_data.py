@@ -10,9 +10,10 @@ import pytest
 from conftest import SHARED, merged
 
 from psn_train.data.events import Recording, make_events, read_recording
-from psn_train.data.events.codec import encode_events
+from psn_train.data.events.codec import codec_versions
 from psn_train.data.index import load_index, save_index
 from psn_train.data.shards import write_shards
+from psn_train.data.sources.recordings import coded, events_plan
 from psn_train.data.sources.source import Source
 
 SENSOR = (20, 16)
@@ -68,10 +69,17 @@ def moving_dot(label: int, seed: int, sensor: tuple[int, int] = SENSOR) -> Recor
 class RecordingsInMemory(Source):
     kind = "events"
     type = "recordings in memory"
+    encodes = True
 
-    def __init__(self, recordings: list[Recording], labels: list[int], classes: list[str]):
+    def __init__(self, recordings: list[Recording], labels: list[int], classes: list[str], split: dict):
         super().__init__([f"{number:05d}" for number in range(len(recordings))], labels, classes)
-        self.recordings = recordings
+        self.recordings, self.split = recordings, split
+
+    def plan(self) -> dict:
+        return {"events": events_plan(self.recordings[0].sensor, self.split, None)}
+
+    def encoder(self) -> str:
+        return codec_versions()
 
     def reference(self, index: int) -> Recording:
         return self.recordings[index]
@@ -80,17 +88,16 @@ class RecordingsInMemory(Source):
         return _coded
 
 
-def _coded(recording: Recording) -> dict[str, bytes]:
-    return {"events": encode_events(recording)}
+def _coded(recording: Recording) -> dict:
+    return coded(recording, "a test's recording")
 
 
 def write_recordings(
-    folder: Path, recordings: list[Recording], labels: list[int], classes: list[str], rule: dict, shards: int = 3
+    folder: Path, recordings: list[Recording], labels: list[int], classes: list[str], split: dict, shards: int = 3
 ) -> Path:
     """Shards of recordings in `folder`, which is called after the split."""
-    source = RecordingsInMemory(recordings, labels, classes)
+    source = RecordingsInMemory(recordings, labels, classes, split)
     write_shards(source, folder, split=folder.name, num_shards=shards, workers=1, progress=False)
-    say(folder, sensor=list(recordings[0].sensor), codec=1, split=rule, format="npy", repairs={})
     return folder
 
 
@@ -101,18 +108,23 @@ def say(folder: Path, **events) -> None:
     save_index(dataclasses.replace(index, plan=plan), folder)
 
 
+def given(train: int, test: int) -> dict:
+    """What an index says of a split as the data set comes."""
+    return {"rule": "given", "counts": {"train": train, "test": test}}
+
+
 def write_dots(folder: Path, train: int = 60, test: int = 24) -> Path:
-    """Folder with train/ and val/: dots that move, split as given."""
-    for split, count, first in (("train", train, 0), ("val", test, 10_000)):
+    """Folder with train/ and test/: dots that move, split as given."""
+    for split, count, first in (("train", train, 0), ("test", test, 10_000)):
         labels = [number % 3 for number in range(count)]
         recordings = [moving_dot(label, first + number) for number, label in enumerate(labels)]
-        write_recordings(folder / split, recordings, labels, CLASSES, {"rule": "given"})
+        write_recordings(folder / split, recordings, labels, CLASSES, given(train, test))
     return folder
 
 
 def events_document(shards: Path, run: Path) -> dict:
     """EVENTS on the dots, in a run folder of its own."""
-    data = {"train": str(shards / "train"), "val": str(shards / "val")}
+    data = {"train": str(shards / "train"), "val": str(shards / "test")}
     return merged(EVENTS, {"run_dir": str(run), "data": data})
 
 

@@ -11,6 +11,7 @@ from recordings import any_recording, made_recording, real_recordings
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
+from psn_train.data import batched_frames
 from psn_train.data.batched_frames import (
     PackedEvents,
     integrate_packed,
@@ -125,10 +126,16 @@ def test_no_recordings_and_no_events():
 
 
 def test_large_frames_take_large_places():
-    """More than 2^31 places do not fit into int32; checked on the meta device, which holds no memory."""
+    """More than 2^31 places do not fit into int32; on the meta device, which holds no memory."""
     recording = Recording(make_events([0, 5], [1279, 0], [719, 0], [1, 0]), (1280, 720))
-    packed = PackedEvents.pack([recording] * 300, with_time=True).to("meta")
-    assert integrate_packed(packed, 10).shape == (10, 300, 2, 720, 1280)
+    size = 2 * 1280 * 720
+    for count, dtype in ((100, torch.int32), (120, torch.int64)):
+        packed = PackedEvents.pack([recording] * count, with_time=True).to("meta")
+        # (T + 1) N + 1 frames have a place, for voxels' sake
+        assert (dtype == torch.int32) == ((11 * count + 1) * size < 2**31)
+        lengths = torch.zeros(count, 11, dtype=torch.int64, device="meta")
+        assert batched_frames._places(packed, lengths, size).dtype == dtype
+        assert integrate_packed(packed, 10).shape == (10, count, 2, 720, 1280)
     one = PackedEvents.pack([recording])
     assert np.array_equal(integrate_packed(one, 3)[:, 0].numpy(), integrate(recording, 3))
 
@@ -151,8 +158,6 @@ def test_the_host_never_waits_for_the_device():
 
 def test_the_path_of_other_devices_is_the_same(monkeypatch):
     """What is done in numpy on the host has a twin in torch for devices; here both run on the host."""
-    from psn_train.data import batched_frames
-
     recordings = odd_batch()
     packed = PackedEvents.pack(recordings, with_time=True)
     torch_repeat = []

@@ -162,14 +162,27 @@ def test_a_sample_in_an_epoch_always_loses_the_same(recording):
         assert sum(a == b for a, b in zip(first, other, strict=True)) < 12
 
 
-@settings(deadline=None)
-@given(any_recording(), st.integers(0, 500))
-def test_no_recording_is_left_without_events(recording, sample_id):
-    found = event_drop(recording, 0, 0, sample_id)
-    assert len(found) >= min(1, len(recording)) and len(found) <= len(recording)
-    if len(recording) and recording.duration_us == 0:
-        # a stretch of time that has all of them leaves them all
-        assert len(drop_by_time(recording.events, 0.0, 0.5)) == 0
+def test_no_recording_is_left_without_events(monkeypatch):
+    """A stretch of time has all events where they are all at one time: then nothing is dropped."""
+    calls = noted(monkeypatch)
+    for count in (1, 2, 50):
+        at_once = made_recording(np.random.default_rng(2), count, 0, (34, 34), start=77)
+        assert len(drop_by_time(at_once.events, 0.0, 0.5)) == 0
+        for sample_id in range(80):
+            found = event_drop(at_once, 0, 0, sample_id)
+            assert 0 < len(found) <= count
+    assert sum(name == "drop_by_time" for name, _ in calls) > 20
+    empty = made_recording(np.random.default_rng(2), 0, 0)
+    assert all(len(event_drop(empty, 0, 0, sample_id)) == 0 for sample_id in range(20))
+
+
+def test_which_events_go_at_random_changes_with_epoch_and_sample(recording, monkeypatch):
+    calls = noted(monkeypatch)
+    for epoch in range(60):
+        for sample_id in (5, 6):
+            event_drop(recording, 0, epoch, sample_id)
+    keys = [arguments[1].tobytes() for name, arguments in calls if name == "drop_at_random"]
+    assert len(keys) > 15 and len(set(keys)) == len(keys)
 
 
 def test_on_real_recordings():

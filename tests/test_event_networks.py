@@ -6,7 +6,6 @@ import torch
 from event_data import moving_dot, read_nmnist
 
 from psn_train.data.batched_frames import PackedEvents, integrate_packed
-from psn_train.models.sew_resnet import ARCHITECTURES
 from psn_train.neurons import spiking_neurons
 from psn_train.recipe.schema import Loss
 from psn_train.training.losses import compute_loss
@@ -84,7 +83,7 @@ def test_channels_last_stays_and_changes_nothing(frames, neuron):
         torch.testing.assert_close(outcomes[1][1][name], gradient, msg=name)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["sew_resnet10", "sew_resnet18", "sew_resnet50", "sew_resnext50_32x4d"])
 def test_every_architecture_takes_two_channels(architecture):
     with torch.device("meta"):
         model = timm.create_model(f"{architecture}_psn", T=3, in_chans=2, num_classes=11)

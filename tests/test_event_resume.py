@@ -35,7 +35,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(small_events, dot_s
     whole = merged(events_document(dot_shards, tmp_path / "whole"), RUNS[name])
     status, log = run_in_child(whole, tmp_path)
     assert status == 0, log
-    assert "48 samples (12 held out), split given (60 / no test)" in log
+    assert "48 samples (12 held out), split given (60 / 24)" in log
     killed = small_events("killed", **RUNS[name])
     for place in ("inside an epoch, after 6 updates", "in an evaluation")[: 1 if "mixing" in name else 2]:
         module, patch = KILLS[place]

@@ -216,41 +216,45 @@ def test_images_and_recordings_are_told_apart(small, small_events, digit_shards,
 
 @pytest.fixture
 def copied(dot_shards, tmp_path):
-    for split in ("train", "val"):
+    for split in ("train", "test"):
         shutil.copytree(dot_shards / split, tmp_path / "copied" / split)
     return tmp_path / "copied"
 
 
 def test_the_split_is_held_against_the_index(small_events, copied):
-    data = {split: str(copied / split) for split in ("train", "val")}
+    data = {"train": str(copied / "train"), "val": str(copied / "test")}
     text = refused(small_events(data=data, events={"split": "tebn"}))
     assert "were split by given, and the recipe's events.split is tebn" in text and text.startswith("data.train: ")
     assert text.endswith("may say events.split: given")
     # no claim, no complaint
     open_splits(check_recipe(small_events(data=data, events={"split": None})))
-    say(copied / "val", split={"rule": "random", "seed": 7})
+    say(copied / "test", split={"rule": "random", "seed": 7})
     text = refused(small_events(data=data))
     assert text.startswith("data.val: ") and "were split by random, seed 7, and the recipe's" in text
-    say(copied / "val", split=None)
+    say(copied / "test", split=None)
     assert "say nothing of their split" in refused(small_events(data=data))
 
 
 def test_splits_are_of_one_sensor_that_the_index_names(small_events, copied):
-    data = {split: str(copied / split) for split in ("train", "val")}
-    say(copied / "val", sensor=[16, 20])
+    data = {"train": str(copied / "train"), "val": str(copied / "test")}
+    say(copied / "test", sensor=[16, 20])
     text = refused(small_events(data=data))
     assert "sensors of different sizes: data.train 20 x 16; data.val 16 x 20" in text
-    say(copied / "val", sensor=None)
+    say(copied / "test", sensor=None)
     assert "its index says nothing of the sensor" in refused(small_events(data=data))
 
 
 def test_the_split_in_words(dot_shards, digit_shards, copied):
-    train, test = load_index(dot_shards / "train"), load_index(dot_shards / "val")
+    train, test = load_index(dot_shards / "train"), load_index(dot_shards / "test")
     assert split_text(train, test) == "split given (60 / 24)"
-    assert split_text(train, None) == "split given (60 / no test)"
+    assert split_text(train, None) == "split given (60 / 24)"
     assert split_text(load_index(digit_shards / "train"), None) is None
-    say(copied / "train", split={"rule": "random", "seed": 7})
-    assert split_text(load_index(copied / "train"), test) == "split random, seed 7 (60 / 24)"
+    # from either of the two; what an index counts goes before what was counted when the split was made
+    assert split_text(test) == "split given (60 / 24)"
+    say(copied / "train", split={"rule": "random", "seed": 7, "test_share": 0.1, "counts": {"train": 70, "test": 24}})
+    assert split_text(load_index(copied / "train")) == "split random, seed 7, 0.1 of every class (60 / 24)"
+    say(copied / "train", split={"rule": "file", "sha256": "0123456789abcdef", "counts": {}})
+    assert split_text(load_index(copied / "train")) == "split file, list 0123456789ab (60 / none)"
 
 
 def test_nothing_of_a_device_is_touched_before_the_kinds_agree(small, dot_shards, monkeypatch):

@@ -61,13 +61,13 @@ def test_a_network_learns_which_way_a_dot_moves(small_events):
 
 
 def test_held_out_recordings_are_selected_on_and_the_test_set_is_looked_at_once(small_events, dot_shards, capsys):
-    data = {"val": None, "test": str(dot_shards / "val"), "hold_out": 12}
+    data = {"val": None, "test": str(dot_shards / "test"), "hold_out": 12}
     document = small_events("split", data=data)
     assert train_here(document) == 0
     results = results_of(document)
     assert results["selected_on"] == "held out" and results["split"]["trained_on"] == 48
     assert [results["test"][which]["count"] for which in ("best", "last")] == [24, 24]
-    assert results["split"]["recordings"] == {"rule": "given", "train": 60, "test": 24}
+    assert results["split"]["recordings"] == {"rule": "given", "counts": {"train": 60, "test": 24}}
     assert ", 48 samples (12 held out), split given (60 / 24), " in capsys.readouterr().out
     on_test = small_events("on_test", data={**data, "hold_out": None, "select_on": "test"})
     assert train_here(on_test) == 0
@@ -157,26 +157,27 @@ def test_published_and_evaluated_as_in_the_run(small_events, dot_shards, tmp_pat
     assert recipe.events.scale == 0.5 and recipe.events.split == "given"
     last = results_of(document)["last"]
     for where in (out, document["run_dir"]):
-        result, _, _ = evaluate_folder(where, str(dot_shards / "val"), prefer="last", workers=0, batch_size=7)
+        result, _, _ = evaluate_folder(where, str(dot_shards / "test"), prefer="last", workers=0, batch_size=7)
         assert result.top1 == last["top1"] and result.loss == pytest.approx(last["loss"], rel=1e-5)
     capsys.readouterr()
-    assert main(["eval", str(out), "--shards", str(dot_shards / "val"), "--workers", "0", "--device", "cpu"]) == 0
-    assert "24 samples of val, split given: top-1" in capsys.readouterr().out
-    words = ["eval", str(out), "--shards", str(dot_shards / "val"), "--workers", "0", "--json", "--device", "cpu"]
+    assert main(["eval", str(out), "--shards", str(dot_shards / "test"), "--workers", "0", "--device", "cpu"]) == 0
+    assert "24 samples of test, split given (60 / 24): top-1" in capsys.readouterr().out
+    words = ["eval", str(out), "--shards", str(dot_shards / "test"), "--workers", "0", "--json", "--device", "cpu"]
     assert main(words) == 0
-    assert json.loads(capsys.readouterr().out)["split"] == {"rule": "given", "part": "val"}
+    split = json.loads(capsys.readouterr().out)["split"]
+    assert split == {"rule": "given", "counts": {"train": 60, "test": 24}, "part": "test"}
 
 
 def test_evaluation_refuses_the_other_kind_and_another_split(small, small_events, digit_shards, tmp_path, capsys):
     images, recordings = small("images", schedule={"epochs": 1}), small_events("events", schedule={"epochs": 1})
     assert train_here(images) == 0 and train_here(recordings) == 0
     own = write_dots(tmp_path / "dots", train=12, test=6)
-    say(own / "val", split={"rule": "first90"})
+    say(own / "test", split={"rule": "first90"})
     complaints = []
     for run, shards in (
-        (images, own / "val"),
+        (images, own / "test"),
         (recordings, digit_shards / "val"),
-        (recordings, own / "val"),
+        (recordings, own / "test"),
     ):
         capsys.readouterr()
         assert main(["eval", run["run_dir"], "--shards", str(shards), "--workers", "0"]) == 2
@@ -198,22 +199,22 @@ def test_the_authors_network_is_converted_and_evaluated_on_recordings(tmp_path, 
     assert main(words) == 0, capsys.readouterr().err
     _, recipe, _ = load_timm_folder(tmp_path / "vgg")
     assert (recipe.model.T, recipe.model.in_chans, recipe.data.image_size) == (6, 2, 48)
-    reader = SampleReader(load_index(shards / "val"))
+    reader = SampleReader(load_index(shards / "test"))
     batch = EvalStream(recipe, reader, 12, 0, 1)[0]
     x, mask = EvalInputs(recipe, CPU)(batch)
     assert x.shape == (6, 12, 2, 48, 48) and mask is None
     with torch.no_grad():
         logits = net.double().eval()(x.double()).mean(0)
-    result, _, _ = evaluate_folder(tmp_path / "vgg", str(shards / "val"), workers=0, device="cpu")
+    result, _, _ = evaluate_folder(tmp_path / "vgg", str(shards / "test"), workers=0, device="cpu")
     assert result.count == 12
     assert result.top1 == pytest.approx(100 * (logits.argmax(1) == batch.targets).double().mean().item(), abs=9)
     assert result.loss == pytest.approx(torch.nn.functional.cross_entropy(logits, batch.targets).item(), rel=2e-2)
-    assert main(["eval", str(tmp_path / "vgg"), "--shards", str(shards / "val"), "--device", "cpu"]) == 0
-    assert "12 samples of val, split given: top-1" in capsys.readouterr().out
+    assert main(["eval", str(tmp_path / "vgg"), "--shards", str(shards / "test"), "--device", "cpu"]) == 0
+    assert "12 samples of test, split given (12 / 12): top-1" in capsys.readouterr().out
 
 
 def test_psn_recipe_reads_the_split_from_the_index(small_events, dot_shards, tmp_path, capsys):
-    document = small_events(data={"val": None, "test": str(dot_shards / "val")})
+    document = small_events(data={"val": None, "test": str(dot_shards / "test")})
     path = Path(tmp_path / "r.yaml")
     path.write_text(json.dumps(document))
     assert main(["recipe", str(path)]) == 0

@@ -66,7 +66,7 @@ def _eval(options) -> int:
     from rich.progress import Progress
     from rich.table import Table
 
-    from psn_train.data.event_index import split_of, split_words
+    from psn_train.data.event_index import split_of, split_text
     from psn_train.data.index import load_index
     from psn_train.publish.hub import evaluate_folder
 
@@ -104,7 +104,7 @@ def _eval(options) -> int:
     for layer, figures in result.firing.items():
         table.add_row(layer, *(f"{figures[key]:.4f}" for key in ("rate", "dead", "saturated")))
     Console().print(table)
-    of_split = f" of {index.split}, split {split_words(split)}" if split is not None else ""
+    of_split = f" of {index.split}, {split_text(index)}" if split is not None else ""
     print(
         f"{result.count} samples{of_split}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
         f"loss {result.loss:.4f}"

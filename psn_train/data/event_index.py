@@ -4,7 +4,8 @@
 
   sensor   [width, height] in pixels, of every recording
   codec    version of the coding, see `events/codec.py`
-  split    {"rule": "tebn", ...}: how training and test were told apart; "seed" where the rule is random
+  split    {"rule": "tebn", "counts": {"train": 9000, "test": 1000}, ...}: how training and test were told apart, see
+           `sources/event_splits.py`; "seed" and "test_share" where the rule is random, "sha256" where it is a file's
   format   of the files that the recordings came from
   repairs  {name: count} over all of them, see `events/recording.py`
 """
@@ -77,14 +78,27 @@ def split_of(index: ShardIndex) -> dict | None:
 
 
 def split_words(split: dict) -> str:
-    """A split's rule and what else names it: "tebn", "random, seed 7"."""
-    others = [f"{key} {value}" for key, value in split.items() if key != "rule" and isinstance(value, (int, str))]
-    return ", ".join([split["rule"], *others])
+    """A split's rule and what else names it: "tebn", "random, seed 7, 0.1 of every class"."""
+    words = [split["rule"]]
+    if "seed" in split:
+        words.append(f"seed {split['seed']}")
+    if "test_share" in split:
+        words.append(f"{split['test_share']:g} of every class")
+    if "sha256" in split:
+        words.append(f"list {split['sha256'][:12]}")
+    return ", ".join(words)
 
 
-def split_text(train: ShardIndex, test: ShardIndex | None) -> str | None:
-    """What a report says of a split, "split tebn (9,000 / 1,000)": training and test samples; None without a split."""
-    split = split_of(train)
-    if split is None:
+def split_text(*indices: ShardIndex | None) -> str | None:
+    """What a report says of a split, "split tebn (9,000 / 1,000)": training and test samples; None without a split.
+
+    Args:
+        indices: those of the same split that are at hand; what they hold goes before what was counted at its making.
+    """
+    known = [index for index in indices if index is not None and split_of(index) is not None]
+    if not known:
         return None
-    return f"split {split_words(split)} ({train.num_samples:,} / {f'{test.num_samples:,}' if test else 'no test'})"
+    split = split_of(known[0])
+    counts = {**split.get("counts", {}), **{index.split: index.num_samples for index in known}}
+    train, test = (f"{counts[part]:,}" if part in counts else "none" for part in ("train", "test"))
+    return f"split {split_words(split)} ({train} / {test})"

@@ -93,37 +93,38 @@ def _events_and_sensor(
     return recording, sensor
 
 
-def _numbers(edges: np.ndarray, num_events: int) -> np.ndarray:
-    """edges int [T + 1], first event of each frame and the end of the last -> int64 [E]; -1 from the last edge on."""
-    T = len(edges) - 1
-    counts = np.diff(edges, append=num_events)
-    return np.repeat(np.append(np.arange(T), -1), counts)
-
-
-def frame_numbers_by_number(num_events: int, T: int, rounding: str = "spikingjelly") -> np.ndarray:
-    """The frame of each event, int64 [E], where all frames have equally many events; -1 for none."""
-    check_frames(T, rounding=rounding)
-    edges = np.arange(T + 1) * (num_events // T)
+def _edges_by_number(num_events: int, T: int, rounding: str) -> np.ndarray:
+    """int64 [T + 1]: the first event of each frame, and the end of the last."""
+    edges = np.arange(T + 1, dtype=np.int64) * (num_events // T)
     if rounding == "spikingjelly":
         edges[-1] = num_events
-    return _numbers(edges, num_events)
+    return edges
 
 
-def frame_numbers_by_time(t: np.ndarray, T: int, rounding: str = "spikingjelly") -> np.ndarray:
-    """The frame of each event, int64 [E], where all frames have equally much time; -1 for none.
-
-    Args:
-        t: int64 [E] us, never falling.
-    """
-    check_frames(T, rounding=rounding)
+def _edges_by_time(t: np.ndarray, T: int, rounding: str) -> np.ndarray:
     if len(t) == 0:
-        return np.zeros(0, dtype=np.int64)
+        return np.zeros(T + 1, dtype=np.int64)
     window = (t[-1] - t[0]) // T
     # the first event at or after each window's begin
     edges = np.searchsorted(t, t[0] + np.arange(T + 1) * window)
     if rounding == "spikingjelly":
         edges[-1] = len(t)
-    return _numbers(edges, len(t))
+    return edges
+
+
+def _edges_by_duration(t: np.ndarray, duration_us: int, max_steps: int | None) -> np.ndarray:
+    if len(t) == 0:
+        return np.zeros(2, dtype=np.int64)
+    T = int(num_frames(duration_us, int(t[-1] - t[0])))
+    cut = T if max_steps is None else min(T, max_steps)
+    edges = np.searchsorted(t, t[0] + np.arange(cut + 1, dtype=np.int64) * duration_us)
+    if cut == T:
+        edges[-1] = len(t)
+    return edges
+
+
+def _numbers(edges: np.ndarray, num_events: int) -> np.ndarray:
+    return np.repeat(np.append(np.arange(len(edges) - 1), -1), np.diff(edges, append=num_events))
 
 
 def num_frames(duration_us: int, recording_us: int | np.ndarray) -> int | np.ndarray:
@@ -134,6 +135,22 @@ def num_frames(duration_us: int, recording_us: int | np.ndarray) -> int | np.nda
     return np.maximum(1, -(-recording_us // duration_us))
 
 
+def frame_numbers_by_number(num_events: int, T: int, rounding: str = "spikingjelly") -> np.ndarray:
+    """The frame of each event, int64 [E], where all frames have equally many events; -1 for none."""
+    check_frames(T, rounding=rounding)
+    return _numbers(_edges_by_number(num_events, T, rounding), num_events)
+
+
+def frame_numbers_by_time(t: np.ndarray, T: int, rounding: str = "spikingjelly") -> np.ndarray:
+    """The frame of each event, int64 [E], where all frames have equally much time; -1 for none.
+
+    Args:
+        t: int64 [E] us, never falling.
+    """
+    check_frames(T, rounding=rounding)
+    return _numbers(_edges_by_time(t, T, rounding), len(t))
+
+
 def frame_numbers_by_duration(t: np.ndarray, duration_us: int, max_steps: int | None = None) -> tuple[np.ndarray, int]:
     """The frame of each event, int64 [E], where each frame lasts `duration_us`; and how many frames there are, T'.
 
@@ -142,25 +159,17 @@ def frame_numbers_by_duration(t: np.ndarray, duration_us: int, max_steps: int | 
     out, and their events have -1.
     """
     check_duration(duration_us, max_steps)
-    if len(t) == 0:
-        return np.zeros(0, dtype=np.int64), 1
-    T = int(num_frames(duration_us, int(t[-1] - t[0])))
-    cut = T if max_steps is None else min(T, max_steps)
-    edges = np.searchsorted(t, t[0] + np.arange(cut + 1, dtype=np.int64) * duration_us)
-    if cut == T:
-        edges[-1] = len(t)
-    return _numbers(edges, len(t)), cut
+    edges = _edges_by_duration(t, duration_us, max_steps)
+    return _numbers(edges, len(t)), len(edges) - 1
 
 
-def _count(events: np.ndarray, numbers: np.ndarray, T: int, sensor: tuple[int, int]) -> np.ndarray:
+def _count(events: np.ndarray, edges: np.ndarray, sensor: tuple[int, int]) -> np.ndarray:
     """Events of each frame, polarity and pixel: int32 [T, 2, H, W]."""
-    width, height = sensor
+    T, (width, height) = len(edges) - 1, sensor
     size = 2 * height * width
-    # what belongs to no frame is counted in a frame before the first
-    place = (numbers + 1) * size
-    place += addresses(events, sensor)
-    counts = np.bincount(place, minlength=(T + 1) * size)[size:]
-    return counts.astype(np.int32).reshape(T, 2, height, width)
+    place = np.repeat(np.arange(T) * size, np.diff(edges))
+    place += addresses(events[: edges[-1]], sensor)
+    return np.bincount(place, minlength=T * size).astype(np.int32).reshape(T, 2, height, width)
 
 
 def integrate(
@@ -182,10 +191,10 @@ def integrate(
     check_frames(T, by, rounding)
     events, sensor = _events_and_sensor(recording, sensor)
     if by == "number":
-        numbers = frame_numbers_by_number(len(events), T, rounding)
+        edges = _edges_by_number(len(events), T, rounding)
     else:
-        numbers = frame_numbers_by_time(events["t"], T, rounding)
-    return _count(events, numbers, T, sensor)
+        edges = _edges_by_time(events["t"], T, rounding)
+    return _count(events, edges, sensor)
 
 
 def integrate_by_duration(
@@ -199,8 +208,8 @@ def integrate_by_duration(
     T' and the last frame are as `frame_numbers_by_duration` says; a recording without events is one frame of zeros.
     """
     events, sensor = _events_and_sensor(recording, sensor)
-    numbers, T = frame_numbers_by_duration(events["t"], duration_us, max_steps)
-    return _count(events, numbers, T, sensor)
+    check_duration(duration_us, max_steps)
+    return _count(events, _edges_by_duration(events["t"], duration_us, max_steps), sensor)
 
 
 def voxel_grid(

@@ -34,8 +34,8 @@ class Events(Section):
     cutout: Annotated[int, Field(ge=0)] = 0
     """Training: blank a square of that side, in pixels."""
     nda_ops: Annotated[int, Field(ge=0, le=8)] = 0
-    """Training: neuromorphic data augmentation, M: how many of roll, rotate and cutout are drawn for each sample, on top of
-    those above."""
+    """Training: neuromorphic data augmentation, M: how many of roll, rotate and cutout are drawn for each sample, on
+    top of those above."""
     nda_strength: Annotated[int, Field(ge=1, le=3)] = 2
     """Its N: roll by up to 2 N + 1 pixels, rotate by up to 15 N degrees, cutout of 8 N pixels."""
     scale: Annotated[NonNegative, Field(gt=0)] = 1.0

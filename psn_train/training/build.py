@@ -35,7 +35,7 @@ class Splits:
     @property
     def text(self) -> str | None:
         """How recordings were split, "split tebn (9,000 / 1,000)"; None for images."""
-        return split_text(self.train.index, self.test.index if self.test is not None else None)
+        return split_text(*(reader.index for reader in (self.train, self.test) if reader is not None))
 
 
 def open_splits(recipe: Recipe) -> Splits:

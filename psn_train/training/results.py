@@ -11,7 +11,7 @@ In a checkpoint's state.json under `results`, and in the results.json of a run t
                 once, when the run is complete; under selected_on "test" those of `best` and `last`
 
 `split` beside them says what is held out of which training shards, and the fingerprint of those that select; of
-recordings also by which rule they were split into training and test, and how many there are of each.
+recordings also by which rule they were split into training and test (`event_index`).
 """
 
 from __future__ import annotations
@@ -54,8 +54,7 @@ class Results:
             "selecting_shards": splits.select.index.fingerprint if splits.select is not None else None,
         }
         if (rule := split_of(splits.train.index)) is not None:
-            test = splits.test.index.num_samples if splits.test is not None else None
-            self.split["recordings"] = {**rule, "train": splits.train.index.num_samples, "test": test}
+            self.split["recordings"] = rule
         self.test_shards = splits.test.index.fingerprint if splits.test is not None else None
         # looked at when the run is complete, and not during it
         self.tests_once = splits.test is not None and self.selected_on != "test"
