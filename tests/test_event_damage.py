@@ -177,6 +177,15 @@ def test_arrays_that_are_no_events(changes, says):
         parse_recording(npz(**arrays), "npz")
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_arrays_of_one_name_are_refused():
+    out = io.BytesIO(npz(**COLUMNS))
+    with zipfile.ZipFile(out, "a") as archive:
+        archive.writestr("t.npy", archive.read("x.npy"))
+    with pytest.raises(EventError, match="two arrays of one name among t, x, y, p, t"):
+        parse_recording(out.getvalue(), "npz")
+
+
 def test_sizes_that_arrays_claim_are_not_allocated():
     header = (
         b"{'descr': [('t','<i8'),('x','<i2'),('y','<i2'),('p','|b1')], 'fortran_order': False, 'shape': (%d,)}" % 10**12

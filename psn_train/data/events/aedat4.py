@@ -51,7 +51,7 @@ def read_aedat4(data: bytes, where: str = "recording", sensor: tuple[int, int] |
     parts = parts or [np.zeros(0, [("t", "<u8"), ("x", "<u2"), ("y", "<u2"), ("on", "?")])]
     events = np.concatenate(parts)
     t = events["t"]
-    if len(t) and t.max() >> 63:
+    if len(t) and int(t.max()) >> 63:
         raise EventError(f"{where}: an event at {t.max()} us; the file is damaged")
     on = events[events.dtype.names[3]]
     return checked(where, t.astype(np.int64), events["x"], events["y"], on.view(np.uint8), sensor or size, repairs)

@@ -40,6 +40,8 @@ def read_npz(data: bytes, where: str = "recording", sensor: tuple[int, int] | No
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             names = [info.filename for info in archive.infolist()]
             keys = [name.removesuffix(".npy") for name in names]
+            if len(set(keys)) < len(keys):
+                raise EventError(f"{where}: two arrays of one name among {', '.join(keys)}")
             wanted = [found for column in COLUMNS if (found := _named(keys, column)) is not None]
             if len(wanted) < len(COLUMNS):
                 wanted = keys

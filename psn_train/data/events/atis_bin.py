@@ -37,15 +37,15 @@ def read_bin(data: bytes, where: str = "recording", sensor: tuple[int, int] | No
         raise EventError(f"{where}: no bytes; a download or a copy that was broken off? Get the file anew")
     repairs: dict[str, int] = {}
     count = whole_events(len(data), EVENT_BYTES, repairs)
-    x = np.ndarray(count, np.uint8, data, 0, (EVENT_BYTES,))
+    words = np.frombuffer(data, np.uint8, EVENT_BYTES * count).reshape(count, EVENT_BYTES)
+    x, y, p = words[:, 0], words[:, 1], words[:, 2] >> 7
     # y, p and time are one big-endian number of 32 bits
-    rest = np.ndarray(count, ">u4", data, 1, (EVENT_BYTES,)).astype(np.uint32)
-    t, repairs["wraps"] = unwrap(rest & ((1 << CLOCK_BITS) - 1), CLOCK_BITS)
-    y = rest >> 24
-    p = rest >> CLOCK_BITS & 1
+    ticks = words[:, 1:].view(">u4")[:, 0].astype(np.uint32)
+    ticks &= (1 << CLOCK_BITS) - 1
+    t, repairs["wraps"] = unwrap(ticks, CLOCK_BITS)
     overflow = y == _OVERFLOW_Y
     if overflow.any():
-        t += np.cumsum(overflow) * _OVERFLOW_US
+        t = t + np.cumsum(overflow) * _OVERFLOW_US
         repairs["not_polarity"] = int(overflow.sum())
         t, x, y, p = t[~overflow], x[~overflow], y[~overflow], p[~overflow]
     if sensor is None:

@@ -13,15 +13,15 @@ _PRINTABLE = bytes(range(32, 127)) + b"\t\r"
 
 
 def unwrap(ticks: np.ndarray, bits: int) -> tuple[np.ndarray, int]:
-    """Readings [E] of a clock of so many bits -> (time int64 [E], number of wraps).
+    """Readings [E] of a clock of so many bits -> (time [E], number of wraps); the time is int64 if there are wraps.
 
     A step back by more than half the clock's range is a wrap; all that follows is moved on by the range. A step
     forward by more than half of it is a late event from before the last wrap, if there was one, else a pause. A
     smaller step back is left as it is: time out of order.
     """
+    if not (ticks[1:] < ticks[:-1]).any():
+        return ticks, 0
     t = ticks.astype(np.int64)
-    if not (t[1:] < t[:-1]).any():
-        return t, 0
     step = np.diff(t)
     half = 1 << (bits - 1)
     turn = (step < -half).astype(np.int64) - (step > half)
@@ -89,27 +89,39 @@ def whole_events(payload: int, size: int, repairs: dict[str, int]) -> int:
 def checked(where: str, t, x, y, p, sensor: tuple[int, int], repairs: dict[str, int] | None = None) -> Recording:
     """Columns [E] of whole numbers -> Recording.
 
-    Events that come before an earlier one are put in their place by a stable sort and counted as `sorted`.
-
     Args:
-        t: us, int64. p: 0 or 1.
+        t: us, within int64. p: 0 or 1.
         repairs: what the reader has counted so far; zeros are left out.
 
     Raises:
         EventError: an address is off the sensor; the first such event is named.
     """
+    check_addresses(where, x, y, sensor)
+    return in_order(where, make_events(t, x, y, p), sensor, repairs)
+
+
+def check_addresses(where: str, x: np.ndarray, y: np.ndarray, sensor: tuple[int, int]) -> None:
+    """EventError unless every (x, y) [E] is on the sensor; the first that is not is named."""
     width, height = check_sensor(sensor, where)
+    if not len(x) or (x.max() < width and y.max() < height and x.min() >= 0 and y.min() >= 0):
+        return
+    off = (x < 0) | (x >= width) | (y < 0) | (y >= height)
+    first = int(np.argmax(off))
+    raise EventError(
+        f"{where}: event {first} of {len(x)} is at ({x[first]}, {y[first]}), off the sensor of {width} x {height} "
+        f"pixels, as are {int(off.sum())} events in all. Either the file is damaged, or it was read with the wrong "
+        "format or sensor"
+    )
+
+
+def in_order(where: str, events: np.ndarray, sensor: tuple[int, int], repairs: dict[str, int] | None) -> Recording:
+    """EVENT_DTYPE [E] with addresses that are on the sensor -> Recording.
+
+    Events that come before an earlier one are put in their place by a stable sort and counted as `sorted`.
+    """
     repairs = {name: int(number) for name, number in (repairs or {}).items() if number}
-    if len(t) and (x.max() >= width or y.max() >= height or x.min() < 0 or y.min() < 0):
-        off = (x < 0) | (x >= width) | (y < 0) | (y >= height)
-        first = int(np.argmax(off))
-        raise EventError(
-            f"{where}: event {first} of {len(t)} is at ({x[first]}, {y[first]}), off the sensor of {width} x {height} "
-            f"pixels, as are {int(off.sum())} events in all. Either the file is damaged, or it was read with the wrong "
-            "format or sensor"
-        )
-    events = make_events(t, x, y, p)
+    t = events["t"]
     if (t[1:] < t[:-1]).any():
         repairs["sorted"] = int((t < np.maximum.accumulate(t)).sum())
         events = events[np.argsort(t, kind="stable")]
-    return Recording(events, (width, height), repairs)
+    return Recording(events, check_sensor(sensor, where), repairs)

@@ -75,7 +75,7 @@ def read_evt2(data: bytes, where: str = "recording", sensor: tuple[int, int] | N
     is_event, is_high = kind <= _EVT2_ON, kind == _EVT2_TIME_HIGH
     _known(where, kind, is_event | is_high, _EVT2_OTHER, repairs)
     (at,) = np.nonzero(is_event)
-    high, repairs["wraps"] = unwrap(words[is_high] & 0x0FFFFFFF, 28)
+    high, repairs["wraps"] = unwrap((words[is_high] & 0x0FFFFFFF).astype(np.int64), 28)
     # which of the words of time was the last before each event
     last = np.cumsum(is_high)[at] - 1
     repairs["no_base"] = int((last < 0).sum())
@@ -95,38 +95,45 @@ def read_evt3(data: bytes, where: str = "recording", sensor: tuple[int, int] | N
     header, start = _raw_header(data, "3", where)
     repairs: dict[str, int] = {}
     words = np.frombuffer(data, "<u2", whole_events(len(data) - start, 2, repairs), start)
-    kind, value = (words >> 12).astype(np.uint8), (words & 0xFFF).astype(np.int64)
+    kind, value = (words >> 12).astype(np.uint8), (words & 0xFFF).astype(np.int16)
     is_vector = (kind == _VECT_12) | (kind == _VECT_8)
     is_event = is_vector | (kind == _X)
     is_high, is_low, is_row, is_base = (kind == one for one in (_TIME_HIGH, _TIME_LOW, _Y, _BASE_X))
     _known(where, kind, is_event | is_high | is_low | is_row | is_base, _EVT3_OTHER, repairs)
-    (at,) = np.nonzero(is_event)
+    at = np.flatnonzero(is_event)
+    high, repairs["wraps"] = unwrap(value[is_high].astype(np.int64), 12)
+    low, rows = value[is_low], value[is_row] & 0x7FF
+    # which of the words that set a part of the state was the last one before each event; -1 for none
+    high_of, low_of, row_of = (_last(mark, at) for mark in (is_high, is_low, is_row))
+    sound = (high_of >= 0) & (row_of >= 0)
 
-    high, repairs["wraps"] = unwrap(value[is_high], 12)
-    high_at = _last(is_high)[at]
-    # the same upper half is sent again and again; only a new one starts the lower at 0
-    is_new = np.zeros(len(words), bool)
-    is_new[is_high] = np.diff(high, prepend=-1) != 0
-    low_at = _last(is_low)[at]
-    low = np.where(low_at > _last(is_new)[at], value[low_at], 0)
-    t = high[np.cumsum(is_high)[at] - 1] << 12 | low if len(high) else low
+    x, p = (value[at] & 0x7FF).astype(np.int32), (value[at] >> 11).astype(np.uint8)
+    place, event = None, np.flatnonzero(sound)
+    if is_vector.any():
+        bases, base_of, vector = value[is_base], _last(is_base, at), is_vector[at]
+        sound &= ~vector | (base_of >= 0)
+        width = np.where(kind == _VECT_12, 12, np.where(kind == _VECT_8, 8, 0)).astype(np.int32)
+        # each vector moves the base on for the next one
+        moved = np.cumsum(width) - width
+        mask = np.where(vector, value[at] & ((1 << width[at]) - 1), 1).astype(np.uint16)
+        if len(bases):
+            start = (bases & 0x7FF)[base_of] + moved[at] - moved[is_base][base_of]
+            x, p = np.where(vector, start, x), np.where(vector, bases[base_of] >> 11, p)
+        bits = (mask[:, None] >> np.arange(12, dtype=np.uint16) & 1).astype(bool)
+        repairs["no_base"] = int(bits[~sound].sum())
+        event, place = np.nonzero(bits & sound[:, None])
+    else:
+        repairs["no_base"] = len(sound) - len(event)
+    x = x[event] if place is None else x[event] + place
+    p, high_of, low_of = p[event], high_of[event], low_of[event]
+    y = rows[row_of[event]]
 
-    row_at, base_at = _last(is_row)[at], _last(is_base)[at]
-    # each vector moves the base on for the next one
-    moved = np.cumsum(np.where(kind == _VECT_12, 12, np.where(kind == _VECT_8, 8, 0)))
-    vector = is_vector[at]
-    base = value[base_at]
-    before = moved[at] - np.where(kind[at] == _VECT_12, 12, 8) - moved[base_at]
-    x = np.where(vector, (base & 0x7FF) + before, value[at] & 0x7FF)
-    p = np.where(vector, base, value[at]) >> 11
-    y = value[row_at] & 0x7FF
-    sound = (high_at >= 0) & (row_at >= 0) & (~vector | (base_at >= 0))
-
-    mask = np.where(vector, value[at] & np.where(kind[at] == _VECT_12, 0xFFF, 0xFF), 1).astype(np.uint16)
-    bits = (mask[:, None] >> np.arange(12 if vector.any() else 1, dtype=np.uint16) & 1).astype(bool)
-    repairs["no_base"] = int(bits[~sound].sum())
-    event, place = np.nonzero(bits & sound[:, None])
-    t, x, y, p = t[event], x[event] + place, y[event], p[event]
+    t = high[high_of] << 12
+    if len(low):
+        # a new upper half starts the lower one at 0; but the same one is sent again and again
+        new = np.maximum.accumulate(np.where(np.diff(high, prepend=-1) != 0, np.flatnonzero(is_high), -1))
+        set_since = (low_of >= 0) & (np.flatnonzero(is_low)[low_of] > new[high_of])
+        t |= np.where(set_since, low[low_of], 0)
     return checked(where, t, x, y, p, _sensor(header, x, y, sensor, where), repairs)
 
 
@@ -160,9 +167,8 @@ def _header(data: bytes, where: str) -> tuple[bytes, int]:
 def _raw_header(data: bytes, version: str, where: str) -> tuple[bytes, int]:
     header, start = _header(data, where)
     found = _EVT.search(header)
-    if found is None or found[1].decode() not in (version, f"{version}.0"):
-        says = f"says EVT {found[1].decode()}" if found else "names no EVT format"
-        raise EventError(f"{where}: its header {says}; wanted EVT {version}.0")
+    if found and found[1].decode() not in (version, f"{version}.0"):
+        raise EventError(f"{where}: its header says EVT {found[1].decode()}; wanted EVT {version}.0")
     if _BIG_ENDIAN.search(header):
         raise EventError(f"{where}: its header says big endian; only little endian can be read")
     return header, start
@@ -189,6 +195,6 @@ def _known(where: str, kind: np.ndarray, known: np.ndarray, other: tuple[int, ..
     repairs["not_polarity"] = int(is_other.sum())
 
 
-def _last(mark: np.ndarray) -> np.ndarray:
-    """Place of the last mark up to each word; -1 where there was none."""
-    return np.maximum.accumulate(np.where(mark, np.arange(len(mark)), -1))
+def _last(mark: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """How many of the marked words come before each word `at`, less one: the place of the last of them, or -1."""
+    return np.cumsum(mark, dtype=np.int64)[at] - 1

@@ -45,7 +45,7 @@ class Recording:
 
 # every repair there is; a reader makes no other
 REPAIRS = {
-    "wraps": "times when the clock of 32 bits (or fewer) started anew; what follows was moved on",
+    "wraps": "times when the camera's clock started anew; what follows was moved on by its range",
     "sorted": "events that came before an earlier one and were put in their place (stable sort by time)",
     "cut_bytes": "bytes at the end that are less than one event and were left out",
     "not_polarity": "words of other kinds (APS, IMU, special events), which are no events of the sensor",
