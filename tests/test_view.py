@@ -248,24 +248,24 @@ def test_a_gif_needs_no_matplotlib_and_a_figure_says_so(view, mistake, known_fil
 
 
 def test_a_sample_of_shards_by_number_and_by_key(view, dot_shards):
-    val = str(dot_shards / "val")
-    reader = SampleReader(load_index(val))
+    test = str(dot_shards / "test")
+    reader = SampleReader(load_index(test))
     key = reader.read(7)["__key__"]
-    by_number, by_key = open_recording(val, sample="7"), open_recording(val, sample=key)
+    by_number, by_key = open_recording(test, sample="7"), open_recording(test, sample=key)
     assert by_number.recording.events.tobytes() == by_key.recording.events.tobytes()
     assert by_number.sample_id == by_key.sample_id == 7 and by_key.name == key.replace("/", "_")
     assert by_number.recording.sensor == (20, 16)
-    status, out, _ = view(val, "--sample", key, "--out", "dot")
-    label = load_index(val).classes[int(reader.read(7)["cls"])]
-    assert status == 0 and out.startswith(f"{val}, sample 7 of 24, {key}, class {label}\nshards of npy, 20 x 16 pixels")
-    assert open_recording(val).sample_id == 0
+    status, out, _ = view(test, "--sample", key, "--out", "dot")
+    label = load_index(test).classes[int(reader.read(7)["cls"])]
+    assert status == 0 and out.startswith(f"{test}, sample 7 of 24, {key}, class {label}\nshards, 20 x 16 pixels")
+    assert open_recording(test).sample_id == 0
 
 
 def test_mistakes_about_shards(mistake, dot_shards, digit_shards, known_file):
-    val = dot_shards / "val"
-    mistake(val, "--sample", "24", says="--sample: got '24'; ")
-    assert "has samples 0 to 23" in mistake(val, "--sample", "nobody", says="got 'nobody'")
-    mistake(val, "--sensor", "20x16", says="--sensor is of a file")
+    test = dot_shards / "test"
+    mistake(test, "--sample", "24", says="--sample: got '24'; ")
+    assert "has samples 0 to 23" in mistake(test, "--sample", "nobody", says="got 'nobody'")
+    mistake(test, "--sensor", "20x16", says="--sensor is of a file")
     mistake(digit_shards / "val", says="shards of images; psn view draws recordings")
     mistake(known_file, "--sample", "3", says="--sample is of a folder of shards")
     mistake(known_file.parent, says="no shards at")
@@ -325,7 +325,7 @@ def test_rows_of_the_recipe_are_drawn(view, recipe_file, tmp_path, dot_shards):
 def test_a_voxel_recipe_of_one_channel(view, recipe_file, dot_shards):
     path = recipe_file(model={"in_chans": 1}, events={"frames": "voxel"})
     assert cut_of_recipe(check_recipe(__import__("yaml").safe_load(path.read_text()))).by == "voxel"
-    assert view(dot_shards / "val", "--recipe", path, "--out", "voxels")[0] == 0
+    assert view(dot_shards / "test", "--recipe", path, "--out", "voxels")[0] == 0
 
 
 def test_mistakes_about_frames_and_recipes(mistake, view, recipe_file, known_file, tmp_path):
@@ -338,7 +338,7 @@ def test_mistakes_about_frames_and_recipes(mistake, view, recipe_file, known_fil
     mistake(known_file, "--recipe", "mnist/sew_resnet10_psn.demo", says="is of images: it has no section `events`")
     mistake(known_file, "--recipe", "mnist/none", says="mnist/none")
     mistake(known_file, "--out", tmp_path, says="is a folder; wanted NAME.png, NAME.gif")
-    mistake(tmp_path / "none.bin", says="none.bin")
+    mistake(tmp_path / "none.bin", "--sample", 1, says="No such file")
     (tmp_path / "text.txt").write_text("nothing of the sort")
     mistake(tmp_path / "text.txt", says="give one of")
     for words in (("--sensor", "34"), ("--T", "0"), ("--by", "name")):

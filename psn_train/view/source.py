@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from psn_train.data.events import EventError, Recording, parse_recording
+from psn_train.data.events import FORMATS, EventError, Recording, parse_recording
 from psn_train.data.events.codec import decode_events
 from psn_train.data.events.readers import guess_format
 from psn_train.data.index import INDEX_NAME, ShardIndex, is_url, load_index
@@ -68,9 +68,9 @@ def open_recording(
     path = Path(where)
     if is_url(where) or path.is_dir() or path.name == INDEX_NAME:
         return _open_sample(where, sample, format, sensor)
+    data = path.read_bytes()
     if sample is not None:
         raise EventError(f"--sample is of a folder of shards, and {where} is a file")
-    data = path.read_bytes()
     if format is None:
         format = guess_format(data, path.suffix, where)
     return Seen(parse_recording(data, format, sensor, where), where, path.stem, format)
@@ -100,7 +100,7 @@ def _open_sample(where: str, sample: str | None, format: str | None, sensor: tup
         decode_events(members["events"], key),
         f"{where}, sample {number} of {index.num_samples:,}, {key}{named}",
         key.replace("/", "_"),
-        f"shards of {made_of}" if made_of else "shards",
+        f"shards of {made_of}" if made_of in FORMATS else "shards",
         number,
     )
 
