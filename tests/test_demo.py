@@ -12,13 +12,17 @@ from PIL import Image
 
 from psn_train.cli import _parser, main
 from psn_train.data.events import read_recording
+from psn_train.data.events.codec import decode_events
 from psn_train.data.events.simulate import simulate_saccades
+from psn_train.data.frames import integrate
 from psn_train.data.index import load_index
-from psn_train.demo import DEMOS, load_digits, run_demo, steps
+from psn_train.data.reader import SampleReader
+from psn_train.demo import DEMOS, fresh, load_digits, run_demo, steps
 from psn_train.demo import events as events_demo
 from psn_train.demo import images as images_demo
 from psn_train.demo.digits import HELD_OUT, held_out
 from psn_train.demo.fresh import Answers, answer, load_and_draw
+from psn_train.demo.pictures import draw_events
 from psn_train.publish.hub import evaluate_folder, write_timm_folder
 from psn_train.recipe import load_recipe, recipe_path
 
@@ -70,7 +74,7 @@ def test_recipes_are_of_these_demos(demo, channels):
     assert recipe.data.train == f"{DEMOS[kind]}/shards/train"
 
 
-def test_events_from_recordings_to_the_picture_of_what_was_published(recordings, tmp_path, capsys):
+def test_events_from_recordings_to_the_picture_of_what_was_published(recordings, tmp_path, capsys, monkeypatch):
     assert main(["shards", "nmnist", str(recordings), str(tmp_path / "shards"), "--workers", "1"]) == 0
     assert load_index(tmp_path / "shards" / "test").num_samples == 10
     changes = {
@@ -84,9 +88,16 @@ def test_events_from_recordings_to_the_picture_of_what_was_published(recordings,
     published = write_timm_folder(tmp_path / "run", tmp_path / "published")
     result, _, _ = evaluate_folder(published, str(tmp_path / "shards" / "test"), workers=0, device="cpu")
     capsys.readouterr()
+    drawn = []
+    monkeypatch.setattr(fresh, "draw_events", lambda frames, *rest: drawn.append(frames) or draw_events(frames, *rest))
     load_and_draw(str(published), str(tmp_path / "shards" / "test"), str(tmp_path / "events.png"))
     found = json.loads(capsys.readouterr().out)
     assert found == {"correct": round(result.top1 / 10), "count": 10}
+    # frames of equal time, as the recipe has it
+    samples = SampleReader(load_index(tmp_path / "shards" / "test"))
+    for number, frames in enumerate(drawn[0]):
+        recording = decode_events(samples.read(number)["events"])
+        assert np.array_equal(frames, integrate(recording, 3, by="time"))
     with Image.open(tmp_path / "events.png") as picture:
         assert picture.width == 1500 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
 

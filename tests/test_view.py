@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import SHARED
 from event_data import events_document
 from PIL import Image
@@ -291,8 +292,8 @@ def recipe_file(dot_shards, tmp_path):
 def test_network_rows_are_the_trainers_inputs(dot_shards, tmp_path):
     from conftest import merged
 
-    from psn_train.data.stream import EvalStream
-    from psn_train.training.inputs import EvalInputs
+    from psn_train.data.stream import Batch, EvalStream, open_samples
+    from psn_train.training.inputs import EvalInputs, EventInputs
     from psn_train.view.network import EPOCHS, network_rows
 
     changes = {"augment": {"hflip": 0.5}, "events": {"event_drop": True}}
@@ -304,8 +305,13 @@ def test_network_rows_are_the_trainers_inputs(dot_shards, tmp_path):
     frames, _ = EvalInputs(recipe, "cpu")(batch)
     np.testing.assert_array_equal(rows[0][1], frames[:, 0].numpy())
     assert rows[0][1].shape == (3, 2, 16, 16)
-    seen = [row.tobytes() for _, row in rows]
-    assert len(set(seen)) >= 4
+    samples = open_samples(recipe, reader, training=True)
+    for epoch, (_, row) in enumerate(rows[1:]):
+        packed = samples.stack([samples.read(5, epoch)[0]])
+        batch = Batch(packed, torch.zeros(1), np.array([5]), np.array([epoch]))
+        frames, _ = EventInputs(recipe, torch.device("cpu"))(batch, training=True)
+        np.testing.assert_array_equal(row, frames[:, 0].numpy())
+    assert len({row.tobytes() for _, row in rows}) >= 4
 
 
 def test_rows_of_the_recipe_are_drawn(view, recipe_file, tmp_path, dot_shards):
