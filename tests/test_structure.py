@@ -29,6 +29,7 @@ FRONT = {
     "cli": {"train"},
     "train": set(),
     "demo": {"cli"},
+    "view": {"cli", "demo"},
     "doctor": {"cli"},
     "recipe.show": {"cli"},
     "training.loop": {"cli"},
@@ -86,8 +87,9 @@ def own_modules(source: str, module: str, is_package: bool) -> list[tuple[int, s
 
 
 def front(module: str) -> str:
-    """The name under which a module stands in FRONT: all of the command's files are one."""
-    return "cli" if module.split(".")[0] == "cli" else module
+    """The name under which a module stands in FRONT: all files of a folder that stands there are one."""
+    room = module.split(".")[0]
+    return room if room in FRONT else module
 
 
 def violations(source: str, module: str, is_package: bool = False) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import sys
 
 import psn_train
-from psn_train.cli import measure, runs, shards, weights
+from psn_train.cli import measure, runs, shards, view, weights
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,6 +44,6 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    for group in (runs, measure, weights, shards):
+    for group in (runs, view, measure, weights, shards):
         group.add(verbs, verb)
     return parser

@@ -29,3 +29,10 @@ def seconds(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number of seconds above 0")
     return value
+
+
+def sensor(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not all(side.isdecimal() and int(side) > 0 for side in (width, height)):
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted WIDTHxHEIGHT in pixels, such as 128x128")
+    return int(width), int(height)

@@ -10,8 +10,9 @@ from psn_train.cli.arguments import count
 
 def add(verbs, verb) -> None:
     """Add the verbs to the parser; `verb(name, run, help)` makes one."""
-    demo = verb("demo", _demo, "shards, training, evaluation and publishing on real MNIST digits, in minutes")
-    demo.add_argument("--out", default="runs/demo", help="folder for everything it writes (default: %(default)s)")
+    demo = verb("demo", _demo, "shards, training, evaluation, publishing on real digits, or events of them, in minutes")
+    demo.add_argument("kind", nargs="?", choices=("images", "events"), default="images", help="default: %(default)s")
+    demo.add_argument("--out", help="folder for everything it writes (default: runs/demo, or runs/demo_events)")
 
     train = verb("train", _train, "train a recipe, going on where its run stopped")
     train.add_argument("recipe", help="a YAML file, or the name of one that comes with the package")
@@ -48,7 +49,7 @@ def add(verbs, verb) -> None:
 def _demo(options) -> int:
     from psn_train.demo import run_demo
 
-    return run_demo(options.out)
+    return run_demo(options.kind, options.out)
 
 
 def _train(options) -> int:
