@@ -13,7 +13,9 @@ def snippets(page) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_python_runs(page):
+def test_python_runs(page, tmp_path, monkeypatch):
+    # some write files
+    monkeypatch.chdir(tmp_path)
     if page.stem == "spikingjelly":
         pytest.importorskip("spikingjelly")
     names = {"__name__": page.stem}

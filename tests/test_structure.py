@@ -191,6 +191,7 @@ DOCUMENTS = [
     "recipes/README.md",
     "recipes/sequential_cifar100/order_ablation.md",
     "docs/spikingjelly.md",
+    "docs/events.md",
 ]
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -321,13 +322,17 @@ def test_recipes_in_the_table_are_those_that_come_with_the_package():
     assert sorted(rows) == packaged_recipes()
 
 
-def test_recipe_in_the_readme_is_one(tmp_path):
+def test_recipes_in_the_readme_are_such(tmp_path):
     from psn_train.recipe import load_recipe
 
-    (text,) = blocks("README.md", "yaml")
-    path = tmp_path / "photos.yaml"
-    path.write_text(text)
-    recipe = load_recipe(path)
+    recipes = []
+    for text in blocks("README.md", "yaml"):
+        # the first line names the file
+        path = tmp_path / re.match(r"# (\S+)", text)[1]
+        path.write_text(text)
+        recipes.append(load_recipe(path))
+    recipe, recordings = recipes
+    assert recordings.events is not None
     # the commands beside it speak of its run
     assert recipe.name == "photos"
     assert f"psn eval {recipe.run_path} --shards {recipe.data.val}" in read("README.md")
