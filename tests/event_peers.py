@@ -1,4 +1,4 @@
-"""SpikingJelly's and tonic's code for recordings, as the tests and benchmarks of events compare with it."""
+"""SpikingJelly's, tonic's and faery's code for recordings, and what the tests of recordings share."""
 
 import importlib.machinery
 import sys
@@ -7,6 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import SHARED
+
+from psn_train.data.events import EVENT_DTYPE, Recording, make_events
+
+EVENTS = SHARED / "events"
+needs_recordings = pytest.mark.skipif(not EVENTS.is_dir(), reason=f"no recordings at {EVENTS}; set PSN_SHARED_DATA")
 
 
 def spikingjelly_datasets() -> SimpleNamespace:
@@ -75,3 +81,18 @@ def write_with_faery(path, recording, **options) -> None:
         # else it writes times from the first event on
         options["zero_t0"] = False
     faery.events_stream_from_array(events, recording.sensor).to_file(path, **options)
+
+
+def assert_same(recording: Recording, columns) -> None:
+    """`columns` holds t, x, y, p by name, of whatever integer type."""
+    assert recording.events.dtype == EVENT_DTYPE
+    for name in "txyp":
+        theirs = np.asarray(columns[name]).astype(np.int64)
+        np.testing.assert_array_equal(recording.events[name].astype(np.int64), theirs, err_msg=name)
+
+
+def random_recording(seed: int, count: int, sensor=(128, 128), last: int = 1 << 22) -> Recording:
+    rng = np.random.default_rng(seed)
+    t = np.sort(rng.integers(0, last, count))
+    columns = rng.integers(0, sensor[0], count), rng.integers(0, sensor[1], count), rng.integers(0, 2, count)
+    return Recording(make_events(t, *columns), sensor)

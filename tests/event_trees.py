@@ -94,7 +94,7 @@ def gesture_files(train: int = 2, test: int = 1, size: int = 400) -> dict[str, b
             events["t"] += clock - events["t"][0]
             clips.append(events)
             # the end is not part of the clip
-            lines.append(f"{label},{clock},{int(events['t'][-1]) + 1}")
+            lines.append(f"{label},{clock},{int(events['t'][-1])}")
             clock = int(events["t"][-1]) + 5_000
         files[f"{user}.aedat"] = encode_aedat3(Recording(np.concatenate(clips), (128, 128)))
         files[f"{user}_labels.csv"] = ("\n".join(lines) + "\n").encode()

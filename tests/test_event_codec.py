@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 from conftest import SHARED
+from event_trees import random_recording
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -46,13 +47,6 @@ def assert_round_trip(recording: Recording) -> bytes:
 
 def made(t, x, y, p, sensor=(128, 128)) -> Recording:
     return Recording(make_events(t, x, y, p), sensor)
-
-
-def random_recording(count: int, sensor=(128, 128), seed: int = 0, longest: int = 60) -> Recording:
-    draw = np.random.default_rng(seed)
-    t = np.cumsum(draw.integers(0, longest, count))
-    p = draw.integers(0, 2, count)
-    return made(t, draw.integers(0, sensor[0], count), draw.integers(0, sensor[1], count), p, sensor)
 
 
 GAPS = st.one_of(

@@ -4,13 +4,11 @@ import struct
 
 import numpy as np
 import pytest
-from conftest import SHARED
-from event_peers import spikingjelly_datasets, tonic_package
+from event_peers import EVENTS, assert_same, needs_recordings, random_recording, spikingjelly_datasets, tonic_package
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psn_train.data.events import (
-    EVENT_DTYPE,
     FORMATS,
     EventError,
     Recording,
@@ -30,9 +28,6 @@ from psn_train.data.events.writers import (
     write_bin,
 )
 
-EVENTS = SHARED / "events"
-needs_recordings = pytest.mark.skipif(not EVENTS.is_dir(), reason=f"no recordings at {EVENTS}; set PSN_SHARED_DATA")
-
 # file -> events, first time, duration in us, share of ON in 1/10,000
 DVS128 = {
     "recording_01": (19182, 41306606, 6886550, 3702),
@@ -51,21 +46,6 @@ def dvs128_file(name: str):
 
 def gesture(name: str = "01_hand_clapping") -> Recording:
     return read_recording(EVENTS / "dvs_gesture" / f"{name}.npz")
-
-
-def assert_same(recording: Recording, columns) -> None:
-    """`columns` holds t, x, y, p by name, of whatever integer type."""
-    assert recording.events.dtype == EVENT_DTYPE
-    for name in "txyp":
-        theirs = np.asarray(columns[name]).astype(np.int64)
-        np.testing.assert_array_equal(recording.events[name].astype(np.int64), theirs, err_msg=name)
-
-
-def random_recording(seed: int, count: int, sensor=(128, 128), last: int = 1 << 22) -> Recording:
-    rng = np.random.default_rng(seed)
-    t = np.sort(rng.integers(0, last, count))
-    columns = rng.integers(0, sensor[0], count), rng.integers(0, sensor[1], count), rng.integers(0, 2, count)
-    return Recording(make_events(t, *columns), sensor)
 
 
 # ---- AEDAT 2.0

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from psn_train.data.companions import write_timm_root
+from psn_train.data.events import Recording, make_events
+from psn_train.data.events.codec import encode_events
 from psn_train.data.index import ShardError, load_index
 from psn_train.data.shards import plan_num_shards, plan_order, plan_sizes, write_shards
 from psn_train.data.sources import ArraySource, ImageFolder, Source, open_source
@@ -223,27 +225,28 @@ def test_not_one_good_image(tmp_path):
         write(ImageFolder(tmp_path / "images"), tmp_path / "out", skip_bad=True)
 
 
-class Recordings(Source):
+class Clips(Source):
     """Samples that are no images: what the writer takes is generic."""
 
     kind = "events"
     type = "test recordings"
 
     def reader(self, scratch, run):
-        return _recording
+        return _clip
 
 
-def _recording(index: int) -> dict[str, bytes]:
-    return {"events.npz": bytes([index]) * 1000, "json": b"{}"}
+def _clip(index: int) -> dict[str, bytes]:
+    recording = Recording(make_events([index, 1000], [3, 4], [5, 6], [0, 1]), (8, 8))
+    return {"events": encode_events(recording), "json": b"{}"}
 
 
 def test_samples_need_not_be_images(tmp_path):
-    source = Recordings([f"user{i}.aedat" for i in range(20)], [i % 2 for i in range(20)], ["wave", "clap"])
+    source = Clips([f"user{i}.aedat" for i in range(20)], [i % 2 for i in range(20)], ["wave", "clap"])
     index = write(source, tmp_path / "out", num_shards=4, workers=2)
     assert index.kind == "events" and index.class_histogram == [10, 10]
     with tarfile.open(tmp_path / "out" / index.shards[0].name) as tar:
         names = tar.getnames()
-    assert names[0].endswith(".cls") and names[1] == names[0][:-4] + ".events.npz"
+    assert names[0].endswith(".cls") and names[1] == names[0][:-4] + ".events" and names[2] == names[0][:-4] + ".json"
     assert verify_shards(tmp_path / "out", workers=1, progress=False).ok
 
 

@@ -15,10 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from psn_train.data.events import Recording, make_events
+from psn_train.data.events.codec import encode_events
 from psn_train.data.index import ShardError, load_index
 from psn_train.data.shards import index_shards, write_shards
 from psn_train.data.sources import ArraySource
 from psn_train.data.verify import verify_shards
+
+RECORDING = encode_events(Recording(make_events([0], [1], [2], [1]), (8, 8)))
 
 
 def picture(seed: int) -> bytes:
@@ -189,13 +193,13 @@ def test_commands_can_be_forbidden(tmp_path, monkeypatch):
 def test_what_cannot_be_indexed(tmp_path):
     for members, message in [
         ([("a.jpg", b"x"), ("b.jpg", b"x"), ("b.cls", b"1")], r"1 of 2 samples.*\n  a: no \.cls"),
-        ([("a.cls", b"1"), ("a.txt", b"x")], "a: no image among cls, txt"),
+        ([("a.cls", b"1"), ("a.txt", b"x")], r"a: no image and no \.events among cls, txt"),
         ([("a.jpg", b"x"), ("a.cls", b"-1")], "label -1"),
         ([("a.jpg", b"x"), ("a.cls", b"1.5")], "label 1.5"),
         ([("a.jpg", b"x"), ("a.json", b'{"caption": 3}')], "label None"),
         ([("a.jpg", b"x"), ("a.json", b"{")], "a: "),
         ([("a.jpg", b"x"), ("a.JPG", b"x"), ("a.cls", b"1")], "is there twice"),
-        ([("a.jpg", b"x"), ("a.cls", b"1"), ("b.events.npz", b"x"), ("b.cls", b"1")], "others are events"),
+        ([("a.jpg", b"x"), ("a.cls", b"1"), ("b.events", RECORDING), ("b.cls", b"1")], "others are events"),
         ([], "no samples"),
     ]:
         with pytest.raises(ShardError, match=message):

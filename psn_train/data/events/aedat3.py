@@ -66,7 +66,9 @@ def read_aedat3(
     x = (address >> 17).astype(np.int32)
     y = (address >> 2 & 0x7FFF).astype(np.int32)
     if sensor is None:
-        name = sources.get(source, b"").decode("ascii", "replace").upper()
+        # a file without events has the camera that its header names first
+        name = (sources.get(source, b"") if source is not None else next(iter(sources.values()), b"")).upper()
+        name = name.decode("ascii", "replace")
         sizes = [size for chip, (_, size) in CHIPS.items() if name.startswith(chip)]
         sensor = sizes[0] if sizes else smallest_sensor(x, y, where)
     return checked(where, t, x, y, address >> 1 & 1, sensor, repairs)

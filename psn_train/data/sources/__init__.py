@@ -43,6 +43,7 @@ def open_source(src: str | os.PathLike, *, val_labels: str | os.PathLike | None 
             f"  {ilsvrc.TRAIN_TAR} and {ilsvrc.VAL_TAR} (ImageNet as downloaded)\n"
             "  cifar-10-batches-py/ or cifar-100-python/ (the official python files)\n"
             "  *.parquet named train-*, validation-* or test-* (a Hugging Face image data set)\n"
-            f"  {{train,val,test}}/<class>/ or <class>/ with images ({' '.join(sorted(IMAGE_SUFFIXES))})"
+            f"  {{train,val,test}}/<class>/ or <class>/ with images ({' '.join(sorted(IMAGE_SUFFIXES))})\n"
+            "Recordings of event cameras have verbs of their own: psn shards cifar10dvs, ..., events"
         )
     return splits

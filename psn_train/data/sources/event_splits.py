@@ -174,7 +174,8 @@ def _named(names: Sequence[str], path: str) -> tuple[np.ndarray, str]:
             continue
         row = places.get(name)
         if row is None:
-            near = difflib.get_close_matches(name, list(names) if "/" in name else list(places), 1, 0.5)
+            pool = names if "/" in name else dict.fromkeys(_stem(os.path.basename(other)) for other in names)
+            near = difflib.get_close_matches(name, list(pool), 1, 0.5)
             wrong.append(f"line {number}: no recording {name!r}; nearest: {near[0] if near else 'none'}")
         elif row < 0:
             wrong.append(f"line {number}: {name!r} may be one of several recordings; name its folder, too")
