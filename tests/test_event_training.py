@@ -16,13 +16,14 @@ from psn_train.data.index import load_index
 from psn_train.data.reader import SampleReader
 from psn_train.data.stream import EvalStream, TrainStream
 from psn_train.publish.hub import evaluate_folder, load_timm_folder, write_timm_folder
-from psn_train.recipe import check_recipe, make_plan
+from psn_train.recipe import check_recipe, load_recipe, make_plan, packaged_recipes, recipe_path
 from psn_train.training.build import build_model
 from psn_train.training.inputs import EvalInputs, TrainInputs
 from psn_train.training.optim import build_optimizer
 from psn_train.training.step import Updater
 
 CPU = torch.device("cpu")
+EVENT_RECIPES = [name for name in packaged_recipes() if name.split("/")[0] in ("cifar10dvs", "nmnist", "dvs128gesture")]
 VGG = {"name": "vgg_snn_psn", "args": {"stem": None, "width": 4, "img_size": 16}}
 
 
@@ -50,6 +51,39 @@ def test_every_part_of_a_recipe_trains_and_is_reproducible(small_events, changes
     assert all(loss == loss and loss < 20 for loss in losses)
     rates = [line for line in metrics(first["run_dir"]) if line["kind"] == "eval"]
     assert all(line["count"] == 24 and line["firing"] for line in rates)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EVENT_RECIPES)
+def test_every_packaged_recipe_trains(name, dot_shards, tmp_path):
+    """Dots in the place of the data, a narrow network, a few updates, then the test set once."""
+    vgg = "vgg_snn" in name
+    recipe = load_recipe(
+        recipe_path(name),
+        [
+            f"data.train={dot_shards}/train",
+            "data.val=null",
+            f"data.test={dot_shards}/test",
+            "data.train_samples=null",
+            "data.val_samples=null",
+            "data.test_samples=null",
+            "data.global_batch_size=27",
+            "data.max_batch_per_device=9",
+            "data.hold_out=6",
+            f"data.image_size={48 if vgg else 24}",
+            "data.workers=0",
+            "events.split=given",
+            "schedule.epochs=1",
+            "schedule.warmup_epochs=0",
+            f"model.args.width={4 if vgg else 8}",
+            "precision.dtype=fp32",
+            "log.trackers=[]",
+            f"run_dir={tmp_path}",
+        ],
+    )
+    assert train_here(recipe.resolved()) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["steps"] == 2 and results["test"]["last"]["count"] == 24
 
 
 def test_a_network_learns_which_way_a_dot_moves(small_events):
@@ -91,6 +125,11 @@ def test_bad_recordings_are_capped(small_events, dot_shards, tmp_path):
     allowed = small_events("allowed", data={"train": str(folder), "max_bad_samples": 3})
     assert train_here(allowed) == 0
     assert len(results_of(allowed)["bad_samples"]) == 3 or "undecodable" in results_of(allowed)["bad_samples"][0]
+
+
+def test_narrow_networks_in_channels_last_are_refused_where_torch_corrupts_memory(small_events):
+    with pytest.raises(ValueError, match=r"downsample.0 has 8 channels, .* below 16 at images of 48 pixels"):
+        train_here(small_events("narrow", data={"image_size": 48}))
 
 
 def test_init_from_takes_a_network_of_two_channels(small_events, tmp_path):
@@ -171,13 +210,21 @@ def test_published_and_evaluated_as_in_the_run(small_events, dot_shards, tmp_pat
 def test_evaluation_refuses_the_other_kind_and_another_split(small, small_events, digit_shards, tmp_path, capsys):
     images, recordings = small("images", schedule={"epochs": 1}), small_events("events", schedule={"epochs": 1})
     assert train_here(images) == 0 and train_here(recordings) == 0
-    own = write_dots(tmp_path / "dots", train=12, test=6)
+    own, drawn = write_dots(tmp_path / "dots", train=12, test=6), write_dots(tmp_path / "drawn", train=12, test=6)
     say(own / "test", split={"rule": "first90"})
+    for part, seed in (("train", 1), ("test", 2)):
+        say(drawn / part, split={"rule": "random", "seed": seed, "test_share": 0.5, "counts": {}})
+    data = {"train": str(drawn / "train"), "val": None, "hold_out": 2}
+    seeded = small_events("seeded", data=data, events={"split": "random"}, schedule={"epochs": 1})
+    assert train_here(seeded) == 0
+    published = {"run_dir": str(write_timm_folder(seeded["run_dir"], tmp_path / "published"))}
     complaints = []
     for run, shards in (
         (images, own / "test"),
         (recordings, digit_shards / "val"),
         (recordings, own / "test"),
+        (seeded, drawn / "test"),
+        (published, drawn / "test"),
     ):
         capsys.readouterr()
         assert main(["eval", run["run_dir"], "--shards", str(shards), "--workers", "0"]) == 2
@@ -185,6 +232,10 @@ def test_evaluation_refuses_the_other_kind_and_another_split(small, small_events
     assert "--shards: " in complaints[0] and "holds recordings of an event camera" in complaints[0]
     assert "holds images" in complaints[1]
     assert "were split by first90, and the recipe's events.split is given" in complaints[2]
+    for complaint in complaints[3:]:
+        assert "the split random, seed 2, 0.5 of every class, and the training shards of the split random, seed 1" in (
+            complaint
+        )
 
 
 def test_the_authors_network_is_converted_and_evaluated_on_recordings(tmp_path, capsys):

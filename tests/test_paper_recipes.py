@@ -140,6 +140,62 @@ def test_the_order_ablation_is_one_parent_with_overrides():
         assert stated in header
 
 
+# T -> best, its epoch and last of the authors' logs of CIFAR10-DVS
+DVS_FIGURES = {4: (82.3, 171, 81.0), 8: (85.3, 159, 84.4), 10: (85.9, 172, 85.5)}
+
+
+@pytest.mark.parametrize("neuron", ["sliding_psn", "psn"])
+@pytest.mark.parametrize("T", DVS_FIGURES)
+def test_cifar10_dvs_as_the_authors_ran_it(neuron, T):
+    name = f"cifar10dvs/vgg_snn_{neuron}.t{T}_cifar10dvs"
+    recipe = load_recipe(recipe_path(name))
+    events, augment, optim, schedule = recipe.events, recipe.augment, recipe.optim, recipe.schedule
+    assert (events.split, events.frames, events.rounding, events.antialias) == ("tebn", "number", "spikingjelly", False)
+    assert (events.event_drop, events.roll, events.rotate, events.cutout, events.nda_ops) == (False, 0, 0, 0, 0)
+    assert events.scale == 1.0 and recipe.data.image_size == 48
+    assert (augment.crop, augment.pad, augment.hflip, augment.vflip) == ("pad", 4, 0.5, 0.0)
+    assert (augment.mixup, augment.cutmix, augment.interpolation) == (0.0, 0.0, "bilinear")
+    loss = recipe.loss
+    assert (loss.name, loss.mse_weight, loss.mse_target, loss.label_smoothing) == ("tet", 1e-3, 1.0, 0.0)
+    assert (optim.name, optim.lr, optim.momentum, optim.nesterov) == ("sgd", 0.1, 0.9, False)
+    # the neurons included
+    assert optim.weight_decay == 5e-4 and optim.norm_weight_decay is None and optim.neuron_weight_decay is None
+    assert (schedule.name, schedule.by, schedule.epochs, schedule.min_lr) == ("cosine", "epoch", 200, 0.0)
+    assert schedule.warmup_epochs == 0 and (recipe.precision.dtype, recipe.precision.eval_dtype) == ("fp32", "fp32")
+    assert (recipe.data.train_samples, recipe.data.test_samples) == (9000, 1000) and recipe.seed == 100
+    # two GPUs of 16 each
+    plan = make_plan(recipe, world_size=2, train_samples=9000)
+    assert (plan.global_batch_size, plan.micro_batch_size, plan.grad_accum_steps, plan.held_out) == (32, 16, 1, 900)
+    theirs = load_recipe(recipe_path(name), ["data.select_on=test"])
+    assert make_plan(theirs, world_size=1, train_samples=9000).total_steps == 200 * 9000 // 32
+    model = build(recipe, num_classes=10)
+    layer = model.first_neuron
+    if neuron == "sliding_psn":
+        assert sum(p.numel() for p in model.parameters()) == 9_271_522
+        assert layer.weight.tolist() == [0.5, 1.0] and layer.bias.item() == -1.0
+    else:
+        assert layer.weight.shape == (T, T) and (layer.init, layer.bias.tolist()) == ("uniform", [-1.0] * T)
+    assert (model.T, layer.surrogate, layer.alpha, model.drop_rate) == (T, "atan", 2.0, 0.25)
+
+
+@pytest.mark.parametrize("T", DVS_FIGURES)
+def test_headers_and_table_of_cifar10_dvs_state_the_authors_figures(T):
+    best, epoch, last = DVS_FIGURES[T]
+    table = (ROOT / "recipes" / "README.md").read_text()
+    for neuron in ("sliding_psn", "psn"):
+        name = f"cifar10dvs/vgg_snn_{neuron}.t{T}_cifar10dvs"
+        lines = recipe_path(name).read_text().splitlines()
+        header = " ".join(line[1:].strip() for line in lines if line.startswith("#"))
+        assert "data.select_on=test" in header
+        (row,) = re.findall(rf"^\| `{name}` \|.*$", table, re.MULTILINE)
+        if neuron == "sliding_psn":
+            assert f"best test accuracy {best} % at epoch {epoch} of 200, last {last} %" in header
+            assert f"| 200 | {best} | {last} |" in row
+        else:
+            assert "no figure" in header and f"{best} % (best) and {last} % (last)" in header
+            assert "| 200 | none | none |" in row
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*PAPER, "sequential_cifar10/sequential_net_psn.short_scifar10"])
 def test_every_recipe_trains(name, digit_shards, tmp_path):

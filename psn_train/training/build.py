@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from psn_train.data.event_index import check_kind, check_same_sensor, split_text
+from psn_train.data.event_index import check_kind, check_one_split, check_same_sensor, split_of, split_text
 from psn_train.data.index import ShardIndex, load_index
 from psn_train.data.order import held_out_ids
 from psn_train.data.reader import SampleReader
@@ -52,6 +52,7 @@ def open_splits(recipe: Recipe) -> Splits:
     others = {split: open_shards(recipe, split) for split in ("val", "test") if getattr(data, split) is not None}
     for split, reader in others.items():
         same_classes(train.index, reader.index, split)
+        check_one_split(split_of(train.index), reader.index, f"data.{split}")
     indices = {"train": train.index, **{split: reader.index for split, reader in others.items()}}
     different_shards(indices)
     check_same_sensor({f"data.{split}": index for split, index in indices.items()})
@@ -166,16 +167,19 @@ def class_count(recipe: Recipe, index: ShardIndex) -> int:
     return wanted
 
 
-def check_channels_last(model: nn.Module, device: torch.device) -> None:
-    """Refuse what corrupts memory: seen with torch 2.15 on a CPU, in the backward pass of strided 1 x 1 convolutions of
-    fewer than 8 channels in channels_last (4 to 8 channels, stride 2: "corrupted size vs. prev_size"; 8 to 16 is fine).
+def check_channels_last(model: nn.Module, device: torch.device, image_size: int) -> None:
+    """Refuse what corrupts memory: seen with torch 2.15 on a CPU, in the backward pass of strided 1 x 1 convolutions in
+    channels_last ("corrupted size vs. prev_size", segmentation faults): of 4 to 7 channels at 16 pixels and more, of 8
+    at 48, of 10 to 14 at 80; never of 8 at 34 pixels or less, nor of 16 and more at up to 384.
     """
     if device.type != "cpu":
         return
+    fewest = 8 if image_size <= 34 else 16
     for name, module in model.named_modules():
         strided = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.stride != (1, 1)
-        if strided and module.in_channels < 8:
+        if strided and module.in_channels < fewest:
             raise ValueError(
                 f"precision.channels_last: {name} has {module.in_channels} channels, and torch's CPU kernels corrupt "
-                "memory below 8; set precision.channels_last=false, or a model.args.width of at least 8"
+                f"memory below {fewest} at images of {image_size} pixels; set precision.channels_last=false, or a "
+                f"model.args.width of at least {fewest}"
             )

@@ -57,7 +57,7 @@ def train(recipe: Recipe) -> int:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(device)
     if recipe.precision.channels_last:
-        check_channels_last(model, device)
+        check_channels_last(model, device, recipe.data.image_size)
         model.to(memory_format=torch.channels_last)
     learning_rate = LearningRate(optimizer, recipe, plan)
     run.track(model)
