@@ -123,6 +123,15 @@ def test_marks_of_synchronisation_are_no_events_of_a_dvs128():
     assert recording.events["t"].tolist() == [1, 5] and recording.repairs == {"not_polarity": 3}
 
 
+def test_words_of_a_davis_that_are_no_events():
+    """A pixel, the external input (bit 10), a sample of a frame, one of the IMU (bit 31), a pixel."""
+    words = [(179 << 22 | 239 << 12, 1), (1 << 10, 2), (1 << 31, 3), (1 << 31 | 3 << 10, 4), (1 << 11, 5)]
+    data = HEADERS["aedat2"] + b"".join(struct.pack(">II", *word) for word in words)
+    recording = parse_recording(data, "aedat2")
+    assert recording.events.tolist() == [(1, 0, 0, 0), (5, 239, 179, 1)]
+    assert recording.repairs == {"not_polarity": 3}
+
+
 def test_places_of_aedat3_that_are_no_events_are_counted():
     def packet(kind, source, events, capacity):
         head = struct.pack("<2H6I", kind, source, 8, 4, 0, capacity, len(events), len(events))
