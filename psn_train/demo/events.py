@@ -32,7 +32,8 @@ def run(out: str) -> int:
         + ["--workers", str(PROCESSES)],
     )
     train(RECIPE, folder, "test")
-    places = {"recordings": f"{recordings} (psn view {recordings}/Test/3/... draws one)"}
+    one = min((recordings / "Test" / "3").iterdir())
+    places = {"recordings": f"{recordings} (try: psn view {one})"}
     finish(folder, RECIPE.partition("/")[2], "events.png", begin, "test", places)
     return 0
 

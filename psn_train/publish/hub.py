@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from psn_train.data.event_index import check_kind
+from psn_train.data.event_index import check_kind, check_one_split
 from psn_train.data.index import load_index
 from psn_train.neurons import get_lambda
 from psn_train.recipe import Recipe
@@ -136,6 +136,7 @@ def write_timm_folder(where: str | os.PathLike, out: str | os.PathLike, *, prefe
             "recipe_hash": meta["recipe_hash"],
             "results": results_of_checkpoint(Path(meta["path"]), meta),
             "weights": meta["weights"],
+            "split": meta.get("split"),
             "versions": meta["versions"],
         }
     }
@@ -182,6 +183,9 @@ def evaluate_folder(
     index = load_index(shards)
     model, recipe, meta = load_any(where, prefer=prefer, weights=weights)
     check_kind(index, recipe, "--shards")
+    # a run's state.json has it, and the config.json of what was published
+    split = meta.get("split") or meta.get("psn_train", {}).get("split") or {}
+    check_one_split(split.get("recordings"), index, "--shards")
     if model.num_classes < len(index.classes):
         raise CheckpointError(
             f"{where} tells {model.num_classes} classes apart, {shards} has {len(index.classes)}; other data?"

@@ -16,7 +16,9 @@ class Events(Section):
     """How the shards must have been split into training and test; held against their index. None: however."""
     frames: Literal["number", "time", "duration", "voxel"] = "number"
     """number: T frames of equally many events; time: T frames of equal time; duration: one frame for each
-    `duration_us`, as many as the recording has; voxel: T bins, each event shared by its two neighbours in time."""
+    `duration_us`, as many as the recording has; voxel: T bins, each event shared by its two neighbours in time.
+    Under `duration` the shorter recordings of a batch are followed by empty frames, which count in the batch norms of
+    training and nowhere else."""
     rounding: Literal["spikingjelly", "tonic"] = "spikingjelly"
     """Of `number` and `time`. spikingjelly: the last frame takes what is left; tonic: what is left is not used."""
     duration_us: Positive | None = None

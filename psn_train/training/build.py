@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from psn_train.data.event_index import check_kind, check_same_sensor, split_text
+from psn_train.data.event_index import check_kind, check_one_split, check_same_sensor, split_of, split_text
 from psn_train.data.index import ShardIndex, load_index
 from psn_train.data.order import held_out_ids
 from psn_train.data.reader import SampleReader
@@ -52,6 +52,7 @@ def open_splits(recipe: Recipe) -> Splits:
     others = {split: open_shards(recipe, split) for split in ("val", "test") if getattr(data, split) is not None}
     for split, reader in others.items():
         same_classes(train.index, reader.index, split)
+        check_one_split(split_of(train.index), reader.index, f"data.{split}")
     indices = {"train": train.index, **{split: reader.index for split, reader in others.items()}}
     different_shards(indices)
     check_same_sensor({f"data.{split}": index for split, index in indices.items()})
