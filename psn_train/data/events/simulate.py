@@ -17,7 +17,7 @@ from psn_train.data.events.atis_bin import NMNIST_SENSOR
 from psn_train.data.events.recording import EventError, Recording, make_events
 
 # pixels by which the image moves (right, down) to the end of each saccade: the triangle that the data set's own
-# software takes out again (Orchard's `stabilize`: 3.5 and 7 pixels a saccade)
+# public code takes out again (`stabilize`: 3.5 and 7 pixels a saccade)
 SACCADES = ((3.5, 7.0), (3.5, -7.0), (-7.0, 0.0))
 SACCADE_US = 100_000
 
