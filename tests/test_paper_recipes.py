@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import psn_train.models  # noqa: F401 (registers)
 from psn_train.neurons import NEURONS
-from psn_train.recipe import load_recipe, make_plan, packaged_recipes, recipe_path
+from psn_train.recipe import load_recipe, make_plan, packaged_recipes, recipe_hash, recipe_path
 from psn_train.training.loop import train
 from psn_train.training.optim import masked_lambda
 
@@ -240,3 +240,23 @@ def test_the_table_of_short_runs_is_that_of_their_log():
         assert float(row[4]) == pytest.approx(sum(map(float, figures.values())) / len(figures), abs=0.006)
         seen.add(names[row[0]])
     assert seen == set(NEURONS) and log["commit"] in readme
+
+
+def test_the_table_of_n_mnist_is_that_of_its_log():
+    log = json.loads((ROOT / "recipes" / "results" / "nmnist_subset.json").read_text())
+    readme = (ROOT / "recipes" / "README.md").read_text()
+    rows = {
+        int(row[0]): row[1:]
+        for row in re.findall(r"^\| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (0\.\d+) \| (\d+) \|$", readme, re.M)
+    }
+    assert rows.keys() == {run["seed"] for run in log["runs"]} and len(rows) == 3
+    for run in log["runs"]:
+        test = run["test"]
+        figures = [run["best"]["epoch"] + 1, test["best"]["top1"], test["last"]["top1"], 0, run["seconds"]]
+        found = [float(value) for value in rows[run["seed"]]]
+        assert found[:3] + found[4:] == figures[:3] + figures[4:]
+        assert found[3] == pytest.approx(run["firing_rate"][-1], abs=5e-4)
+        assert min(test["best"]["top1"], test["last"]["top1"]) >= 90
+        recipe = load_recipe(recipe_path(log["recipe"]), [f"seed={run['seed']}"])
+        assert recipe_hash(recipe) == run["recipe_hash"]
+    assert log["commit"] in readme and log["split"] == {"rule": "given", "counts": {"train": 1000, "test": 100}}
