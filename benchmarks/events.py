@@ -43,10 +43,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 import event_peers
 
-from psn_train.data.batched_frames import PackedEvents, integrate_packed
 from psn_train.data.events import read_recording
 from psn_train.data.events.codec import decode_events, encode_events
 from psn_train.data.frames import integrate
+from psn_train.data.frames.batched import PackedEvents, integrate_packed
 from psn_train.data.index import load_index
 from psn_train.data.memory import keep_freed_memory
 from psn_train.data.reader import SampleReader

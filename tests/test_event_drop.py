@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import any_recording, made_recording, real_recordings
 
-from psn_train.data import event_drop as module
-from psn_train.data.event_drop import (
+from psn_train.data.events import EVENT_DTYPE, Recording, make_events
+from psn_train.data.frames import event_drop as module
+from psn_train.data.frames.event_drop import (
     AREA_SHARES,
     OPERATIONS,
     SHARES,
@@ -18,7 +19,6 @@ from psn_train.data.event_drop import (
     drop_by_time,
     event_drop,
 )
-from psn_train.data.events import EVENT_DTYPE, Recording, make_events
 
 
 @pytest.fixture(scope="module")

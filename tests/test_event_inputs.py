@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from event_data import DURATION, EVENTS, SENSOR, events_document, merged, moving_dot, read_nmnist
 
-from psn_train.data.batched_event_augment import augment_frames, draw_events
-from psn_train.data.batched_frames import PackedEvents
 from psn_train.data.frames import integrate, integrate_by_duration, voxel_grid
+from psn_train.data.frames.augment import augment_frames, draw_events
+from psn_train.data.frames.batched import PackedEvents
 from psn_train.data.stream import Batch
 from psn_train.recipe import check_recipe
 from psn_train.training.inputs import EvalInputs, TrainInputs

@@ -5,7 +5,7 @@ import timm
 import torch
 from event_data import moving_dot, read_nmnist
 
-from psn_train.data.batched_frames import PackedEvents, integrate_packed
+from psn_train.data.frames.batched import PackedEvents, integrate_packed
 from psn_train.neurons import spiking_neurons
 from psn_train.recipe.schema import Loss
 from psn_train.training.losses import compute_loss

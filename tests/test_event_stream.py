@@ -9,10 +9,10 @@ import pytest
 import torch
 from event_data import CLASSES, DURATION, SENSOR, moving_dot, say, write_recordings
 
-from psn_train.data.event_drop import event_drop
 from psn_train.data.event_index import split_text
 from psn_train.data.events import Recording, make_events
 from psn_train.data.events.codec import decode_events
+from psn_train.data.frames.event_drop import event_drop
 from psn_train.data.index import ShardError, load_index
 from psn_train.data.reader import SampleReader
 from psn_train.data.stream import EvalStream, TrainStream, make_loader

@@ -17,7 +17,6 @@ from recordings import (
     slow_voxels,
 )
 
-from psn_train.data.batched_frames import PackedEvents, integrate_packed_duration
 from psn_train.data.events import EVENT_DTYPE, Recording, make_events
 from psn_train.data.frames import (
     ROUNDINGS,
@@ -29,6 +28,7 @@ from psn_train.data.frames import (
     integrate_by_duration,
     voxel_grid,
 )
+from psn_train.data.frames.batched import PackedEvents, integrate_packed_duration
 
 STEPS = (1, 3, 4, 8, 10, 16)
 

@@ -39,7 +39,7 @@ ROOT_IMPORTS = {"models"}
 # a recipe's mistakes are reported, and shards written, without torch; these decode into tensors
 WITH_TORCH = {
     *("data.images", "data.stream", "data.batched_augment", "data.resident"),
-    *("data.batched_frames", "data.batched_event_augment", "data.event_stream"),
+    *("data.frames.batched", "data.frames.augment", "data.event_stream"),
 }
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from psn_train.data.batched_frames import PackedEvents
-from psn_train.data.event_drop import event_drop
 from psn_train.data.event_index import sensor_of
 from psn_train.data.events import EVENT_DTYPE, EventError, Recording
 from psn_train.data.events.codec import decode_events
+from psn_train.data.frames.batched import PackedEvents
+from psn_train.data.frames.event_drop import event_drop
 from psn_train.data.images import BadSample, decode_label
 from psn_train.data.reader import SampleReader
 from psn_train.recipe import Recipe

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from psn_train.data.batched_frames import PackedEvents
 from psn_train.data.event_stream import EventSamples
+from psn_train.data.frames.batched import PackedEvents
 from psn_train.data.images import (
     BadSample,
     decode_image,

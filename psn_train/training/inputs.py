@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from psn_train.data.batched_event_augment import augment_frames, draw_events
-from psn_train.data.batched_frames import (
+from psn_train.data.frames.augment import augment_frames, draw_events
+from psn_train.data.frames.batched import (
     integrate_packed,
     integrate_packed_duration,
     resize_frames,

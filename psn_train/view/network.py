@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from psn_train.data.batched_frames import PackedEvents
-from psn_train.data.event_drop import event_drop
+from psn_train.data.frames.batched import PackedEvents
+from psn_train.data.frames.event_drop import event_drop
 from psn_train.data.stream import Batch
 from psn_train.recipe import Recipe
 from psn_train.training.inputs import EventInputs

@@ -2,7 +2,7 @@
 
 Legend: E events of all N recordings, T frames, H, W pixels; 2 polarities, OFF (0) first. Time in microseconds.
 
-What a frame is, `frames` says; the counts here equal its counts. A recording's events are in the order of time, so
+What a frame is, `integration` says; the counts here equal its counts. A recording's events are in the order of time, so
 those of one frame lie side by side: it is enough to know where each frame begins. By number that is known on the host;
 by time it is found by bisection, for all recordings and frames at once. Then one pass over the events adds them up.
 
@@ -21,7 +21,14 @@ import torch.nn.functional as F
 
 from psn_train.data.batched_augment import to_device
 from psn_train.data.events import Recording
-from psn_train.data.frames import addresses, bounded_frames, check_addresses, check_duration, check_frames, num_frames
+from psn_train.data.frames.integration import (
+    addresses,
+    bounded_frames,
+    check_addresses,
+    check_duration,
+    check_frames,
+    num_frames,
+)
 
 __all__ = ["PackedEvents", "integrate_packed", "integrate_packed_duration", "resize_frames", "voxel_packed"]
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from recordings import real_recordings
 from torchvision.transforms import functional as tv
 
-from psn_train.data.batched_event_augment import NDA_OPERATIONS, EventDraws, augment_frames, draw_events
-from psn_train.data.batched_frames import PackedEvents, integrate_packed, resize_frames
+from psn_train.data.frames.augment import NDA_OPERATIONS, EventDraws, augment_frames, draw_events
+from psn_train.data.frames.batched import PackedEvents, integrate_packed, resize_frames
 from psn_train.recipe import check_recipe
 from psn_train.recipe.events import Events
 

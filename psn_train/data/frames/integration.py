@@ -1,4 +1,4 @@
-"""From the events of one recording to frames, in numpy: the law that `batched_frames` is held against.
+"""From the events of one recording to frames, in numpy: the law that `batched` is held against.
 
 Legend: E events of one recording, T frames, H, W pixels; 2 polarities, OFF (0) first. Time in microseconds.
 

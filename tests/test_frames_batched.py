@@ -11,16 +11,16 @@ from recordings import any_recording, made_recording, real_recordings
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
-from psn_train.data import batched_frames
-from psn_train.data.batched_frames import (
+from psn_train.data.events import Recording, make_events
+from psn_train.data.frames import ROUNDINGS, integrate, integrate_by_duration, voxel_grid
+from psn_train.data.frames import batched as batched
+from psn_train.data.frames.batched import (
     PackedEvents,
     integrate_packed,
     integrate_packed_duration,
     resize_frames,
     voxel_packed,
 )
-from psn_train.data.events import Recording, make_events
-from psn_train.data.frames import ROUNDINGS, integrate, integrate_by_duration, voxel_grid
 
 STEPS = (1, 3, 4, 10, 16)
 
@@ -134,7 +134,7 @@ def test_large_frames_take_large_places():
         # (T + 1) N + 1 frames have a place, for voxels' sake
         assert (dtype == torch.int32) == ((11 * count + 1) * size < 2**31)
         lengths = torch.zeros(count, 11, dtype=torch.int64, device="meta")
-        assert batched_frames._places(packed, lengths, size).dtype == dtype
+        assert batched._places(packed, lengths, size).dtype == dtype
         assert integrate_packed(packed, 10).shape == (10, count, 2, 720, 1280)
     one = PackedEvents.pack([recording])
     assert np.array_equal(integrate_packed(one, 3)[:, 0].numpy(), integrate(recording, 3))
@@ -166,8 +166,8 @@ def test_the_path_of_other_devices_is_the_same(monkeypatch):
         torch_repeat.append(total)
         return torch.repeat_interleave(torch.from_numpy(values), lengths, output_size=total)
 
-    monkeypatch.setattr(batched_frames, "_repeat", repeat)
-    monkeypatch.setattr(batched_frames, "_zeros", lambda size, dtype, device: torch.zeros(size, dtype=dtype))
+    monkeypatch.setattr(batched, "_repeat", repeat)
+    monkeypatch.setattr(batched, "_zeros", lambda size, dtype, device: torch.zeros(size, dtype=dtype))
     assert_equal_to_the_law(packed, recordings, (4,))
     assert_durations_equal_to_the_law(packed, recordings, 1000)
     assert set(torch_repeat) == {int(packed.offsets[-1])}
