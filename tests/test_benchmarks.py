@@ -1,0 +1,52 @@
+"""The benchmarks run, on little; what they measure is not asserted."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT, SHARED
+
+RECORDINGS = SHARED / "events" / "aedat2_dvs128"
+needs_recordings = pytest.mark.skipif(not RECORDINGS.is_dir(), reason=f"no DVS128 recordings at {RECORDINGS}")
+
+
+def run(script: str, *arguments) -> str:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_recordings
+def test_events_beside_their_peers(tmp_path):
+    pytest.importorskip("spikingjelly")
+    pytest.importorskip("tonic")
+    out = run("events.py", RECORDINGS, "--count", 4, "--events", 3000, "--rounds", 1, "--workers", 1, "--tmp", tmp_path)
+    result = json.loads(out.splitlines()[-1])
+    assert set(result["conversion"]) >= {"psn_train", "SpikingJelly", "tonic"}
+    assert result["bytes_an_event"]["psn_train, coded events"] < result["bytes_an_event"]["raw AEDAT 2.0"]
+
+
+@needs_recordings
+def test_the_standin_is_laid_out_as_cifar10_dvs(tmp_path):
+    from psn_train.data.events import parse_recording
+    from psn_train.data.sources.cifar10_dvs import CLASSES, open_cifar10_dvs
+    from psn_train.data.sources.event_splits import parse_rule
+
+    arguments = ("--per-class", 3, "--events", 500, "--reuse", 2, "--workers", 1)
+    run("cifar10dvs_standin.py", RECORDINGS, tmp_path, *arguments)
+    splits = open_cifar10_dvs(tmp_path, parse_rule("random", test_share=0.4), incomplete=True)
+    assert sum(len(source) for source in splits.values()) == 30
+    for name in CLASSES:
+        with zipfile.ZipFile(tmp_path / f"{name}.zip") as archive:
+            assert archive.testzip() is None
+            for member in archive.namelist():
+                recording = parse_recording(archive.read(member), "dvs128")
+                assert 250 < len(recording) < 750 and not recording.repairs
