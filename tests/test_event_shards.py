@@ -263,7 +263,7 @@ def test_what_the_command_says(cifar, tmp_path, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["shards", "events", str(cifar), "x", "--sensor", "128"])
-    assert "wanted width and height in pixels" in capsys.readouterr().err
+    assert "wanted WIDTHxHEIGHT in pixels" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no recordings at {SHARED}; set PSN_SHARED_DATA")
