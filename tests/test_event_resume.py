@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from conftest import assert_same_run, merged, run_in_child
+from conftest import assert_same_run, merged, run_in_child, train_here
 from event_data import DURATION, events_document
 from safetensors.torch import load_file
 from test_distributed import EXACT, FREEZE, launch, lines
@@ -31,11 +31,10 @@ RUNS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(small_events, dot_shards, tmp_path, name):
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(small_events, dot_shards, tmp_path, capsys, name):
     whole = merged(events_document(dot_shards, tmp_path / "whole"), RUNS[name])
-    status, log = run_in_child(whole, tmp_path)
-    assert status == 0, log
-    assert "48 samples (12 held out), split given (60 / 24)" in log
+    assert train_here(whole) == 0
+    assert "48 samples (12 held out), split given (60 / 24)" in capsys.readouterr().out
     killed = small_events("killed", **RUNS[name])
     for place in ("inside an epoch, after 6 updates", "in an evaluation")[: 1 if "mixing" in name else 2]:
         module, patch = KILLS[place]

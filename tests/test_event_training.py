@@ -180,6 +180,30 @@ def test_accumulation_equals_one_large_batch_without_batch_norm(small_events, ch
     torch.testing.assert_close(three_window, one_window, rtol=1e-6, atol=1e-6)
 
 
+def test_training_accuracy_is_of_each_recordings_own_steps(small_events):
+    """A network that is right wherever there are events, and sure of another class where there are none."""
+    recipe = check_recipe(small_events(**DURATION))
+    reader = SampleReader(load_index(recipe.data.train))
+    plan = make_plan(recipe, world_size=1, train_samples=60)
+    batch = TrainStream(recipe, plan, reader, 0)[0]
+    right = torch.nn.functional.one_hot(batch.targets, 3).float()
+
+    class Sure(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, frames, per_step):
+            seen = (frames.flatten(2).sum(2) > 0).unsqueeze(2)
+            assert per_step and not seen.all()
+            return self.scale * torch.where(seen, right, 100 * right.roll(1, dims=1))
+
+    model = Sure()
+    updater = Updater(recipe, plan, model, build_optimizer(model, recipe), TrainInputs(recipe, 3, CPU), CPU)
+    updater.run(iter([batch]), 0)
+    assert updater.window[1:3].tolist() == [12, 12]
+
+
 # ---- from a run to people
 
 

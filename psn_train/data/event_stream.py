@@ -1,7 +1,8 @@
 """Recordings out of shards for the streams: decoded, thinned by EventDrop in training, packed for the device.
 
 A batch's inputs are `PackedEvents`; the device makes frames of them, so that one set of shards serves every T and every
-way of integrating. Order, epochs, names of bad samples and their caps are those of `stream`.
+way of integrating. Order, epochs, names of bad samples and their caps are those of `stream`. What is drawn on the
+device goes by the ids of the batch, so that a stand-in for a bad recording is augmented in its own way.
 """
 
 from __future__ import annotations
