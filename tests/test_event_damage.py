@@ -23,10 +23,10 @@ def unwrap_slowly(ticks, bits):
     for tick in ticks:
         if before is not None and before - tick > 1 << (bits - 1):
             turns += 1
-            wraps += 1
+            wraps += turns > 0
         elif before is not None and tick - before > 1 << (bits - 1):
-            turns = max(0, turns - 1)
-        t.append(tick + (turns << bits))
+            turns -= 1
+        t.append(tick + (max(turns, 0) << bits))
         before = tick
     return t, wraps
 
@@ -53,6 +53,15 @@ def test_a_clock_that_turns_is_unwrapped_and_counted(form, bits):
     assert recording.events["t"].tolist() == sorted(unwrapped)
     # over the turn three times, and three events late
     assert recording.repairs == {"wraps": 3, "sorted": 3}
+
+
+def test_one_time_with_a_flipped_bit_moves_no_other_event():
+    times = [10 * number for number in range(100)]
+    times[2] ^= 0xF0000000
+    recording = parse_recording(AEDAT2 + b"".join(struct.pack(">II", 0, t) for t in times), "dvs128")
+    # it is now the last, and the 97 behind it are said to have been sorted before it
+    assert recording.repairs == {"sorted": 97}
+    assert recording.events["t"].tolist() == sorted(times)
 
 
 def test_time_that_jumps_back_is_sorted_and_counted():

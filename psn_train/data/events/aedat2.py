@@ -9,6 +9,7 @@ event extractors have it (SensorsINI/jaer: DVS128, DavisBaseCamera).
 
 from __future__ import annotations
 
+import functools
 import re
 
 import numpy as np
@@ -130,8 +131,37 @@ def _words(data: bytes, start: int, repairs: dict[str, int]) -> tuple[np.ndarray
     return words[:, 0], t
 
 
+@functools.cache
+def _second_halves(axes: str) -> np.ndarray:
+    """x, y and p of an event as the upper half of its 16 bytes, for each address of 15 bits: uint64 [32768]."""
+    address = np.arange(1 << 15, dtype=np.uint64)
+    seven = np.uint64(127)
+    places = {axes[0]: address >> np.uint64(1) & seven ^ seven, axes[1]: address >> np.uint64(8) ^ seven}
+    return places["x"] | places["y"] << np.uint64(16) | (address & np.uint64(1) ^ np.uint64(1)) << np.uint64(32)
+
+
+def _sound_dvs128(data: bytes, start: int, axes: str) -> np.ndarray | None:
+    """EVENT_DTYPE [E] of a file that needs neither repair nor error, in half the time; None of any other."""
+    count, rest = divmod(len(data) - start, _EVENT_BYTES)
+    if rest or not count:
+        return None
+    # of all addresses at once: bits 15 to 31, where they are in a little-endian word
+    if int(np.bitwise_or.reduce(np.frombuffer(data, "<u8", count, start))) & 0x80FFFF:
+        return None
+    t = np.frombuffer(data, ">u4", 2 * count, start)[1::2].astype(np.uint32)
+    if (t[1:] < t[:-1]).any():
+        return None
+    events = np.empty(count, EVENT_DTYPE)
+    halves = events.view("<u8").reshape(count, 2)
+    halves[:, 0] = t
+    halves[:, 1] = _second_halves(axes).take(np.frombuffer(data, ">u2", 4 * count, start)[1::4])
+    return events
+
+
 def _dvs128(data: bytes, start: int, where: str, axes: str, sensor: tuple[int, int] | None) -> Recording:
     """`axes`: the columns for x from the left and for y from the top."""
+    if sensor in (None, CHIPS["DVS128"][1]) and (events := _sound_dvs128(data, start, axes)) is not None:
+        return Recording(events, CHIPS["DVS128"][1])
     repairs: dict[str, int] = {}
     address, t = _words(data, start, repairs)
     if len(address) and address.max() >= 0x8000:

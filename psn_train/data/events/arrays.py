@@ -133,7 +133,8 @@ def _recording(where: str, arrays: dict[str, np.ndarray], names: list[str], sens
     if len(set(lengths.values())) > 1:
         raise EventError(f"{where}: columns of unequal length: {lengths}")
     t, x, y, p = columns.values()
-    if t.dtype == np.uint64 and len(t) and t.max() > np.iinfo(np.int64).max:
+    # as an int: numpy 1 compares uint64 with int64 as floats
+    if t.dtype == np.uint64 and len(t) and int(t.max()) > np.iinfo(np.int64).max:
         raise EventError(f"{where}: times up to {t.max()}; wanted us below 2**63")
     return checked(where, t.astype(np.int64), x, y, _polarity(p, where), sensor or smallest_sensor(x, y, where))
 

@@ -16,8 +16,8 @@ def unwrap(ticks: np.ndarray, bits: int) -> tuple[np.ndarray, int]:
     """Readings [E] of a clock of so many bits -> (time [E], number of wraps); the time is int64 if there are wraps.
 
     A step back by more than half the clock's range is a wrap; all that follows is moved on by the range. A step
-    forward by more than half of it is a late event from before the last wrap, if there was one, else a pause. A
-    smaller step back is left as it is: time out of order.
+    forward by more than half of it is a late event from before the last wrap, if there was one; else a slip of the
+    clock, and the step back from it is no wrap. A smaller step back is left as it is: time out of order.
     """
     if not (ticks[1:] < ticks[:-1]).any():
         return ticks, 0
@@ -25,11 +25,10 @@ def unwrap(ticks: np.ndarray, bits: int) -> tuple[np.ndarray, int]:
     step = np.diff(t)
     half = 1 << (bits - 1)
     turn = (step < -half).astype(np.int64) - (step > half)
-    walk = np.cumsum(turn)
-    # the walk of turns that never goes below zero
-    turns = walk - np.minimum(np.minimum.accumulate(walk), 0)
+    # below zero the clock has slipped forward, and what comes back from there is where it was
+    turns = np.maximum(np.cumsum(turn), 0)
     t[1:] += turns << bits
-    return t, int((turn > 0).sum())
+    return t, int((np.diff(turns, prepend=0) > 0).sum())
 
 
 def check_sensor(sensor, where: str) -> tuple[int, int]:
