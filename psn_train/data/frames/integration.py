@@ -37,6 +37,8 @@ __all__ = [
 ROUNDINGS = ("spikingjelly", "tonic")
 # of one recording under a fixed duration: more are a slip of units, and would fill the memory
 MOST_FRAMES = 1 << 16
+# in all frames of one recording, of 4 or 8 bytes each
+MOST_COUNTS = 1 << 30
 
 
 def check_frames(T: int, by: str = "number", rounding: str = "spikingjelly") -> None:
@@ -153,6 +155,16 @@ def frame_numbers_by_time(t: np.ndarray, T: int, rounding: str = "spikingjelly")
     return _numbers(_edges_by_time(t, T, rounding), len(t))
 
 
+def check_room(T: int, sensor: tuple[int, int]) -> None:
+    """ValueError where T frames are more counts than MOST_COUNTS."""
+    width, height = sensor
+    if 2 * T * width * height > MOST_COUNTS:
+        raise ValueError(
+            f"frames: {T:,} frames of 2 x {height} x {width} are more than {MOST_COUNTS:,} counts; make fewer: a smaller "
+            "T, a longer duration_us, or max_steps"
+        )
+
+
 def bounded_frames(duration_us: int, recording_us: int, max_steps: int | None) -> int:
     """`num_frames`, at most `max_steps`.
 
@@ -185,6 +197,7 @@ def _count(events: np.ndarray, edges: np.ndarray, sensor: tuple[int, int]) -> np
     """Events of each frame, polarity and pixel: int32 [T, 2, H, W]."""
     T, (width, height) = len(edges) - 1, sensor
     size = 2 * height * width
+    check_room(T, sensor)
     place = np.repeat(np.arange(T) * size, np.diff(edges))
     place += addresses(events[: edges[-1]], sensor)
     return np.bincount(place, minlength=T * size).astype(np.int32).reshape(T, 2, height, width)
@@ -246,6 +259,7 @@ def voxel_grid(
     """
     check_frames(T)
     events, (width, height) = _events_and_sensor(recording, sensor)
+    check_room(T, (width, height))
     size = (1 if signed else 2) * height * width
     address = addresses(events, (width, height))
     if signed:
