@@ -5,13 +5,13 @@
 RECORDINGS is a folder of DVS128 recordings in AEDAT 2.0, the format of CIFAR10-DVS, of which `--count` files of about
 `--events` events are made (`cifar10dvs_standin.py`). Three tables:
 
-1. Read and integrate one recording, one thread, in turns, medians of CPU time: from the AEDAT file to frames.
+1. Read and integrate one recording: from the AEDAT file to frames. Medians of CPU time of one thread, in turns, each side
+   in a process of its own, as it runs in use: ours as in its decoding and writing processes, which keep the memory they
+   free (`psn_train.data.memory`), SpikingJelly's and tonic's as they come, and SpikingJelly's with memory kept, too.
 2. Convert all recordings to what training reads, compression included, and read all of it once as an epoch does.
    SpikingJelly with its own settings (16 threads, compressed files) and with compression turned off; tonic with its
    disk cache, in one process, which is what it has.
 3. Bytes on the disk for each recording, with what must be kept for T = 4, 8 and 10.
-
-Freed memory is kept by the process (`psn_train.data.memory`), for the peers, too.
 
 No figure is printed unless the frames agree to the event: ours with SpikingJelly's, and ours under tonic's rounding
 with tonic's. The last line is JSON.
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -71,16 +72,33 @@ def make_tree(source: Path, out: Path, count: int, events: int) -> list[Path]:
     return files
 
 
-def in_turns(jobs: dict, rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each job on its thread; the jobs take turns, so that drift meets all alike."""
+def timed_process(job, arguments: tuple, kept: bool, pipe) -> None:
+    """Runs the job once for each message and answers with its CPU seconds; ends at a None."""
+    if kept:
+        keep_freed_memory()
+    torch.set_num_threads(1)
+    while pipe.recv() is not None:
+        begin = time.thread_time()
+        job(*arguments)
+        pipe.send(time.thread_time() - begin)
+
+
+def in_turns(jobs: dict[str, tuple], rounds: int) -> dict[str, float]:
+    """Median CPU seconds of each job (function, arguments, whether memory is kept); they take turns."""
+    context, pipes = multiprocessing.get_context("spawn"), {}
+    for name, (job, arguments, kept) in jobs.items():
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=timed_process, args=(job, arguments, kept, theirs), daemon=True).start()
     times: dict[str, list[float]] = {name: [] for name in jobs}
-    for turn in range(rounds + 1):
-        for name, job in jobs.items():
-            begin = time.thread_time()
-            job()
-            # the first round warms up
-            if turn:
-                times[name].append(time.thread_time() - begin)
+    for turn in range(rounds + 2):
+        for name, pipe in pipes.items():
+            pipe.send("go")
+            seconds = pipe.recv()
+            # the first rounds warm up
+            if turn > 1:
+                times[name].append(seconds)
+    for pipe in pipes.values():
+        pipe.send(None)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -134,14 +152,15 @@ def check(files: list[Path], T: int) -> None:
 
 
 def one_recording(path: Path, T: int, rounds: int) -> dict[str, dict[str, float]]:
-    torch.set_num_threads(1)
     found = {}
     for by in ("number", "time"):
+        arguments = (path, T, by)
         found[by] = in_turns(
             {
-                "psn_train": lambda by=by: our_frames(path, T, by),
-                "SpikingJelly": lambda by=by: spikingjelly_frames(path, T, by),
-                "tonic": lambda by=by: tonic_frames(path, T, by),
+                "psn_train": (our_frames, arguments, True),
+                "SpikingJelly": (spikingjelly_frames, arguments, False),
+                "SpikingJelly, memory kept": (spikingjelly_frames, arguments, True),
+                "tonic": (tonic_frames, arguments, False),
             },
             rounds,
         )
@@ -247,7 +266,9 @@ def main() -> None:
 
 def run(options, folder: Path) -> None:
     console, T = Console(width=110), options.T
+    # of an epoch's reading; for the peers, too
     keep_freed_memory()
+    torch.set_num_threads(1)
     tree = folder / "tree"
     files = make_tree(options.recordings, tree, options.count, options.events)
     single = folder / "single.aedat"
@@ -268,7 +289,7 @@ def run(options, folder: Path) -> None:
     }
     table = Table("200,000 events, AEDAT file to frames", "by number, ms", "by time, ms", "times ours")
     ours = result["one_recording_ms"]
-    for name in ("psn_train", "SpikingJelly", "tonic"):
+    for name in ours["number"]:
         number, by_time = ours["number"][name], ours["time"][name]
         ratio = f"{number / ours['number']['psn_train']:.1f}, {by_time / ours['time']['psn_train']:.1f}"
         table.add_row(name, f"{number:.2f}", f"{by_time:.2f}", ratio)

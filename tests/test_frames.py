@@ -269,5 +269,5 @@ def test_a_duration_of_the_wrong_unit_does_not_fill_the_memory():
 @pytest.mark.parametrize("make", [integrate, voxel_grid])
 def test_frames_that_no_memory_holds_are_an_error(make):
     recording = Recording(np.zeros(1, EVENT_DTYPE), (1280, 720))
-    with pytest.raises(ValueError, match="10,000 frames of 2 x 720 x 1280 .* make fewer"):
+    with pytest.raises(ValueError, match=r"10,000 frames of 2 x 720 x 1280 .* make fewer"):
         make(recording, 10_000)

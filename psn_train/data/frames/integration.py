@@ -160,8 +160,8 @@ def check_room(T: int, sensor: tuple[int, int]) -> None:
     width, height = sensor
     if 2 * T * width * height > MOST_COUNTS:
         raise ValueError(
-            f"frames: {T:,} frames of 2 x {height} x {width} are more than {MOST_COUNTS:,} counts; make fewer: a smaller "
-            "T, a longer duration_us, or max_steps"
+            f"frames: {T:,} frames of 2 x {height} x {width} are more than {MOST_COUNTS:,} counts; make fewer: a "
+            "smaller T, a longer duration_us, or max_steps"
         )
 
 
