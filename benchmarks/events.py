@@ -5,9 +5,9 @@
 RECORDINGS is a folder of DVS128 recordings in AEDAT 2.0, the format of CIFAR10-DVS, of which `--count` files of about
 `--events` events are made (`cifar10dvs_standin.py`). Three tables:
 
-1. Read and integrate one recording: from the AEDAT file to frames. Medians of CPU time of one thread, in turns, each side
-   in a process of its own, as it runs in use: ours as in its decoding and writing processes, which keep the memory they
-   free (`psn_train.data.memory`), SpikingJelly's and tonic's as they come, and SpikingJelly's with memory kept, too.
+1. Read and integrate one recording: from the AEDAT file to frames. Medians of CPU time of one thread, in turns, each
+   side in a process of its own, as it runs in use: ours as in its decoding and writing processes, which keep the memory
+   that they free (`psn_train.data.memory`), SpikingJelly and tonic as they come, and SpikingJelly with memory kept.
 2. Convert all recordings to what training reads, compression included, and read all of it once as an epoch does.
    SpikingJelly with its own settings (16 threads, compressed files) and with compression turned off; tonic with its
    disk cache, in one process, which is what it has.

@@ -17,7 +17,7 @@ from psn_train.data.events import EVENT_DTYPE, EventError, Recording, codec, mak
 from psn_train.data.events.codec import decode_events, encode_events, peek
 
 EVENTS = SHARED / "events"
-KINDS = {"aedat2_dvs128": "*.aedat", "dvs_gesture": "*.npz", "nmnist": "*/*/*.bin"}
+KINDS = {"aedat2_dvs128": "*.aedat", "aedat2_davis240": "*.aedat", "dvs_gesture": "*.npz", "nmnist": "*/*/*.bin"}
 needs_recordings = pytest.mark.skipif(not EVENTS.is_dir(), reason=f"no recordings at {EVENTS}; set PSN_SHARED_DATA")
 
 
@@ -109,12 +109,12 @@ def test_every_length_of_the_time_between_two_events():
 @needs_recordings
 @pytest.mark.parametrize("kind", KINDS)
 def test_real_recordings_come_back_small(kind):
-    """The aim: at most 2.5 bytes an event of each kind; what was reached is held."""
+    """The aim: at most 2.5 bytes an event of each kind, missed by the DAVIS240; what was reached is held."""
     count = size = 0
     for recording in real_recordings(kind):
         size += len(assert_round_trip(recording))
         count += len(recording)
-    assert size / count < {"aedat2_dvs128": 2.28, "dvs_gesture": 1.99, "nmnist": 2.13}[kind]
+    assert size / count < {"aedat2_dvs128": 2.28, "aedat2_davis240": 2.56, "dvs_gesture": 1.99, "nmnist": 2.13}[kind]
 
 
 def test_equal_recordings_have_equal_bytes():

@@ -114,6 +114,9 @@ def fuzz(form: str, data: bytes, header: int) -> tuple[int, int]:
             continue
         read += 1
         assert_sound(recording)
+        # the arrays of a .npz have checksums, and the header of a .npy says how many events there are
+        if form == "npz" or (form == "npy" and content[:128] == data[:128]):
+            assert len(recording) == KEPT
         if intact and not content[header:].startswith((b"#", b"%")):
             assert_accounted(form, content, header, recording)
     return read, INPUTS - read
@@ -138,11 +141,11 @@ def test_mutations_of_an_aedat4(tmp_path):
     pytest.importorskip("aedat", reason="the package aedat is not installed")
     data, _ = first_bytes("aedat4", tmp_path)
     (tmp_path / "sound.aedat4").write_bytes(data)
-    code = "import sys, test_event_fuzz as f; print(f.fuzz('aedat4', open(sys.argv[1], 'rb').read(), 0))"
+    code = "import sys, test_event_fuzz as f; print(*f.fuzz('aedat4', open(sys.argv[1], 'rb').read(), 0))"
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-c", code, str(tmp_path / "sound.aedat4")]
     done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    read, refused = eval(done.stdout)
+    read, refused = map(int, done.stdout.split())
     assert read + refused == INPUTS and refused >= 20
