@@ -231,8 +231,13 @@ def test_the_split_is_held_against_the_index(small_events, copied):
     say(copied / "test", split={"rule": "random", "seed": 7})
     text = refused(small_events(data=data))
     assert text.startswith("data.val: ") and "were split by random, seed 7, and the recipe's" in text
-    say(copied / "test", split=None)
-    assert "say nothing of their split" in refused(small_events(data=data))
+    for unknown in (None, {"rule": "unknown"}):
+        say(copied / "test", split=unknown)
+        text = refused(small_events(data=data))
+        assert "say nothing of their split" in text and "where their own index.json lies" in text
+        assert "may leave events.split out" in text
+    tested = {"train": data["train"], "val": None, "test": data["val"]}
+    assert open_splits(check_recipe(small_events(data=tested, events={"split": None}))).text == "split unknown"
 
 
 def test_training_and_test_are_of_one_split(small_events, copied):
@@ -267,6 +272,8 @@ def test_the_split_in_words(dot_shards, digit_shards, copied):
     assert split_text(load_index(copied / "train")) == "split random, seed 7, 0.1 of every class (60 / 24)"
     say(copied / "train", split={"rule": "file", "sha256": "0123456789abcdef", "counts": {}})
     assert split_text(load_index(copied / "train")) == "split file, list 0123456789ab (60 / none)"
+    say(copied / "test", split={"rule": "unknown"})
+    assert split_text(*(load_index(copied / part) for part in ("train", "test"))) == "split unknown"
 
 
 def test_nothing_of_a_device_is_touched_before_the_kinds_agree(small, dot_shards, monkeypatch):
