@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import numpy as np
 import pytest
@@ -156,6 +157,15 @@ def test_a_list_of_ones_own(tmp_path):
     assert other["sha256"] != record["sha256"]
 
 
+def test_a_list_out_of_a_pipe():
+    read, write = os.pipe()
+    os.write(write, NAMES[7].encode())
+    os.close(write)
+    parts, _ = cifar(parse_rule(f"/dev/fd/{read}"))
+    os.close(read)
+    assert parts["test"].tolist() == [7]
+
+
 def test_a_wrong_list(tmp_path):
     with pytest.raises(ValueError) as error:
         from_file(tmp_path, f"{NAMES[0]}\ncat/cifar10_cta_5.aedat\ncifar10_dog_1000\n\ncifar10_airplane_0\nzzz\n")
@@ -186,6 +196,8 @@ def test_what_the_command_line_says(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("x\n")
     assert parse_rule(str(path)) == SplitRule("file", path=str(path))
+    with pytest.raises(ValueError, match="is a folder; wanted a file"):
+        parse_rule(str(tmp_path))
     for arguments, message in [
         (("tbn",), "'tbn' is neither one of given, tebn, random, first90 nor a file .* Did you mean 'tebn'"),
         (("file",), "neither one of"),

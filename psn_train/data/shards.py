@@ -29,6 +29,7 @@ from psn_train.data.index import Shard, ShardError, ShardIndex, save_index
 from psn_train.data.pool import Bar, run_jobs
 from psn_train.data.resume import STATE, check_skipped, finished_shards, guard_disk, lock_folder, save_json, sync_folder
 from psn_train.data.sources import Source
+from psn_train.data.sources.source import named_error
 from psn_train.data.tar import BLOCK, tar_end, tar_member
 
 __all__ = ["index_shards", "plan_num_shards", "plan_order", "plan_sizes", "write_shards"]
@@ -221,11 +222,10 @@ def _write_shard(job: _Job, tick: Callable[[int], None]) -> dict:
                 try:
                     sample = _read_sample(job, key, name, reference, remarks)
                 except (BadImage, OSError, ValueError) as error:
+                    text = named_error(name, error)
                     if not job.skip_bad:
-                        raise ShardError(
-                            f"{name}: {error}. Repair it, or leave such files out with --skip-bad"
-                        ) from error
-                    remarks.setdefault("skipped", {})[key] = f"{name}: {error}"
+                        raise ShardError(f"{text}. Repair it, or leave such files out with --skip-bad") from error
+                    remarks.setdefault("skipped", {})[key] = text
                 else:
                     sample["cls"] = str(label).encode()
                     at = offsets[-1]

@@ -55,7 +55,10 @@ def parse_rule(text: str | None, seed: int | None = None, test_share: float | No
     if text in RULES and text != "file":
         return SplitRule(text, seed or 0, TEST_SHARE if test_share is None else test_share)
     path = Path(text).expanduser()
-    if not path.is_file():
+    # a pipe will do, such as a shell's <(...)
+    if path.is_dir():
+        raise ValueError(f"split {text!r} is a folder; wanted a file that names the test's recordings, one a line")
+    if not path.exists():
         near = difflib.get_close_matches(text, RULES, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
