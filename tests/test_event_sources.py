@@ -115,7 +115,9 @@ def test_cifar10_dvs_that_is_not_whole(cifar, tmp_path):
     for number in (17, 512):
         del deer[f"deer/cifar10_deer_{number}.aedat"]
     write_zip(tmp_path / "deer.zip", deer)
-    with pytest.raises(ValueError, match=r"998 of 1000 recordings of deer; missing: 17, 512\..*--skip-bad"):
+    with pytest.raises(
+        ValueError, match=r"998 of 1000 recordings of deer; missing: 17, 512\nGet them anew; .*--skip-bad"
+    ):
         open_cifar10_dvs(tmp_path)
     splits = open_cifar10_dvs(tmp_path, incomplete=True)
     assert [len(source) for source in splits.values()] == [8999, 999]

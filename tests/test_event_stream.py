@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import re
 import shutil
 
 import numpy as np
@@ -195,6 +196,10 @@ def test_recordings_of_another_sensor_and_samples_without_one_are_bad(small_even
     reader.read = lambda i: {key: value for key, value in read(i).items() if key != "events"}
     batch = EvalStream(recipe, reader, 6, 0, 1)[0]
     assert len(batch.bad) == 6 and all(text.endswith("no recording; members: cls") for text in batch.bad)
+    path = folder / "train-000000.tar"
+    path.write_bytes(path.read_bytes()[:-12_000])
+    *_, last = EvalStream(recipe, SampleReader(load_index(folder)), 6, 0, 1)[0].bad
+    assert re.fullmatch(r"train-000000\.tar\[5\]: the shard ends at byte \d+, its index wants \d+", last)
 
 
 # ---- what the index says against what the recipe wants

@@ -13,7 +13,9 @@
 
 from __future__ import annotations
 
-from psn_train.data.index import ShardError, ShardIndex
+import contextlib
+
+from psn_train.data.index import ShardError, ShardIndex, load_index, save_index
 from psn_train.recipe import Recipe
 
 # no recipe can ask for it
@@ -110,6 +112,32 @@ def split_of(index: ShardIndex) -> dict | None:
 def identity(split: dict | None) -> dict | None:
     """What tells a split from others. How many there are says nothing: a part of a data set may be tested on."""
     return None if split is None else {name: value for name, value in split.items() if name != "counts"}
+
+
+def settle_counts(split: dict, folders: dict[str, str], listed: dict[str, int]) -> dict:
+    """Have the indices of the splits of one data set count what was written of each, not what was listed.
+
+    Args:
+        split: what is recorded of the split.
+        folders: by the name of the part; where there is no index yet, or one of other shards, what was listed counts.
+        listed: recordings of each part before any were left out.
+
+    Returns:
+        `split`, with "counts" as the indices have them now.
+    """
+    indices = {}
+    for name, folder in folders.items():
+        with contextlib.suppress(ShardError):
+            index = load_index(folder)
+            same = identity(split_of(index)) == identity(split)
+            if same and index.plan.get("source", {}).get("num_samples") == listed[name]:
+                indices[name] = index
+    split = {**split, "counts": {**listed, **{name: index.num_samples for name, index in indices.items()}}}
+    for name, index in indices.items():
+        if split_of(index) != split:
+            index.plan["events"]["split"] = split
+            save_index(index, folders[name])
+    return split
 
 
 def split_words(split: dict) -> str:
