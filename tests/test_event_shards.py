@@ -212,6 +212,11 @@ def test_bad_recordings_are_named_or_left_out(tmp_path, capsys):
     assert "repaired, sorted: 1 events that came before an earlier one" in said and "cut_bytes: 5" in said
     report = verify(tmp_path / "out")
     assert report.ok and len(report.skipped) == 3
+    # what failed before there was a shard is no hindrance to other options
+    for options in ({"sensor": (64, 64)}, {"sensor": (128, 128)}):
+        narrow = open_recordings(tree, SplitRule("first90"), **options)["train"]
+        with pytest.raises(ShardError, match=r"leave such files out with --skip-bad"):
+            write(narrow, tmp_path / "other", num_shards=1)
     # a run that goes on adds up the same
     (tmp_path / "out" / "train-000000.tar").unlink()
     assert write(source, tmp_path / "out", num_shards=2, skip_bad=True).plan == index.plan

@@ -117,7 +117,8 @@ def finished_shards(out: Path, plan: dict, names: list[str], overwrite: bool) ->
             raise ShardError(f"{out}: {', '.join(strangers[:5])} do not belong here; remove them or pass --overwrite")
         stale = set(found) - set(whole)
     else:
-        if (before is not None or found) and not overwrite:
+        # a run that failed before its first shard was whole leaves a plan, and nothing to lose
+        if (found or (out / INDEX_NAME).exists()) and not overwrite:
             raise ShardError(
                 f"{out} holds shards {_difference(before, plan)}. Choose another folder, or --overwrite to delete them"
             )
