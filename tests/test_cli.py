@@ -246,6 +246,12 @@ def test_mistakes_about_recipes(tmp_path, mistake):
     assert "did you mean optim.lr?" in err and "did you mean data.global_batch_size?" in err
     mistake("train", DEMO, "optim.lr", says="wanted key=value")
     mistake("train", DEMO, f"data.train={tmp_path / 'none'}", says="psn shards images SRC OUT")
+    err = mistake("train", DEMO, f"data.train={tmp_path}", says="ncaltech101|events SRC OUT` (of recordings)")
+    assert "It holds" not in err
+    for split in ("test", "train"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "index.json").touch()
+    mistake("train", DEMO, f"data.train={tmp_path}", says="It holds train/ and test/ with shards; name one of them.")
 
 
 def test_mistakes_about_shards(tmp_path, mistake):

@@ -26,6 +26,7 @@ from event_trees import (
 
 from psn_train.cli import main
 from psn_train.data.companions import write_timm_root
+from psn_train.data.event_index import split_text
 from psn_train.data.events import read_recording
 from psn_train.data.events.codec import decode_events, encode_events
 from psn_train.data.events.writers import encode_aedat2_dvs128
@@ -171,8 +172,11 @@ def test_another_split_is_another_plan(tmp_path):
     before = files(tmp_path / "out")
     assert write(rows("random"), tmp_path / "out", num_shards=2) == first
     for source, message in [
-        (rows("random", seed=1), r"another source .*events\.split \{'rule': 'random', 'seed': 0.*'seed': 1"),
-        (rows("first90"), r"events\.split .* now \{'rule': 'first90'"),
+        (rows("random", seed=1), r"made otherwise: split_seed 0, now 1\."),
+        (rows("random", test_share=0.5), r"made otherwise: test_share 0\.1, now 0\.5\."),
+        (rows("first90"), r"made otherwise: split random, now first90\."),
+        (open_recordings(tree, SplitRule("random"), sensor=(130, 128))["train"], "sensor 128 x 128, now 130 x 128"),
+        (open_recordings(tree, SplitRule("random"), format="dvs128")["train"], "format told by each file, now dvs128"),
     ]:
         with pytest.raises(ShardError, match=message):
             write(source, tmp_path / "out", num_shards=2)
@@ -208,9 +212,47 @@ def test_bad_recordings_are_named_or_left_out(tmp_path, capsys):
     assert "repaired, sorted: 1 events that came before an earlier one" in said and "cut_bytes: 5" in said
     report = verify(tmp_path / "out")
     assert report.ok and len(report.skipped) == 3
+    # what failed before there was a shard is no hindrance to other options
+    for options in ({"sensor": (64, 64)}, {"sensor": (128, 128)}):
+        narrow = open_recordings(tree, SplitRule("first90"), **options)["train"]
+        with pytest.raises(ShardError, match=r"leave such files out with --skip-bad"):
+            write(narrow, tmp_path / "other", num_shards=1)
     # a run that goes on adds up the same
     (tmp_path / "out" / "train-000000.tar").unlink()
     assert write(source, tmp_path / "out", num_shards=2, skip_bad=True).plan == index.plan
+
+
+def test_what_is_left_out_does_not_count(tmp_path, capsys):
+    """The line, the indices and a plan of training say the same; in whatever order the splits are written."""
+    data = [encode_aedat2_dvs128(random_recording(40, seed=seed)) for seed in range(10)]
+    sound = {f"{name}/{i}.aedat": data[i] for name in "ab" for i in range(10)}
+    bad = {"a/3.aedat": b"", "a/9.aedat": b"x", "b/1.aedat": b"", "a/x.txt": b""}
+    tree = write_files(tmp_path / "tree", sound | bad)
+    out = tmp_path / "out"
+    words = ["shards", "events", str(tree), str(out), "--split", "first90", "--workers", "1", "--skip-bad"]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == "split: first90: 16 train, 1 test"
+    assert said.err.count("passed over: 1 not recordings") == 1
+    assert "a/3.aedat: the format is not told" in said.err and str(tree) not in said.err
+    wanted = {"rule": "first90", "counts": {"train": 16, "test": 1}}
+    whole = {split: files(out / split) for split in ("train", "test")}
+    for split in whole:
+        index = load_index(out / split)
+        assert index.plan["events"]["split"] == wanted and index.num_samples == wanted["counts"][split]
+        assert split_text(index) == "split first90 (16 / 1)"
+    # again, and one by one, it is the same
+    assert main(words) == 0 and {split: files(out / split) for split in whole} == whole
+    shutil.rmtree(out)
+    for split in ("test", "train"):
+        assert main([*words, "--splits", split]) == 0
+    assert {split: files(out / split) for split in whole} == whole
+    # the index of shards of another split is left alone
+    shutil.rmtree(out / "test")
+    before = files(out / "train")
+    assert main([*words[:5], "random", *words[6:], "--splits", "test"]) == 0
+    assert files(out / "train") == before
+    assert load_index(out / "test").plan["events"]["split"]["counts"]["train"] == 18
 
 
 def test_gestures_through_a_scratch_folder(tmp_path):

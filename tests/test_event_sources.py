@@ -115,7 +115,9 @@ def test_cifar10_dvs_that_is_not_whole(cifar, tmp_path):
     for number in (17, 512):
         del deer[f"deer/cifar10_deer_{number}.aedat"]
     write_zip(tmp_path / "deer.zip", deer)
-    with pytest.raises(ValueError, match=r"998 of 1000 recordings of deer; missing: 17, 512\..*--skip-bad"):
+    with pytest.raises(
+        ValueError, match=r"998 of 1000 recordings of deer; missing: 17, 512\nGet them anew; .*--skip-bad"
+    ):
         open_cifar10_dvs(tmp_path)
     splits = open_cifar10_dvs(tmp_path, incomplete=True)
     assert [len(source) for source in splits.values()] == [8999, 999]
@@ -318,12 +320,18 @@ def test_any_folder_of_recordings(tmp_path):
 
 
 def test_a_folder_that_is_none(tmp_path):
-    write_files(tmp_path, {"a.aedat": b"", "x/b.txt": b""})
+    write_files(tmp_path, {"x/b.txt": b"", "x/y/c.csv": b""})
     with pytest.raises(ValueError, match=r"no recordings found .* \.aedat .*\.raw$"):
         open_recordings(tmp_path, RANDOM)
+    write_files(tmp_path, {"a.aedat": b"", "b.NPZ": b"PK\3\4"})
+    with pytest.raises(ValueError, match=r"2 recordings lie in .* itself, in no class folder; wanted .*<class>/\*"):
+        open_recordings(tmp_path, RANDOM)
+    for name in ("a.aedat", "b.NPZ"):
+        with pytest.raises(ValueError, match=rf"{name} is one recording; wanted a folder or a zip with a folder for"):
+            open_recordings(tmp_path / name, RANDOM)
     with pytest.raises(ValueError, match="format 'aedat1'; known are"):
         open_recordings(tmp_path, RANDOM, format="aedat1")
-    with pytest.raises(ValueError, match="none of 1 recordings can be read to know the sensor"):
+    with pytest.raises(ValueError, match=r"none of 2 .* The first: x/b\.txt: no AEDAT 2.*is --format dvs128 right"):
         open_recordings(tmp_path, RANDOM, format="dvs128")
     write_files(tmp_path, {"val/c/1.aedat": b"", "valid/c/1.aedat": b""})
     with pytest.raises(ValueError, match="val/, valid/: two are the same split"):
@@ -338,7 +346,8 @@ def test_one_sensor_for_all(tmp_path):
     source = open_recordings(tmp_path, RANDOM, sensor=(128, 128))["train"]
     assert {recording.sensor for recording in read_all(source, tmp_path).values()} == {(128, 128)}
     source = open_recordings(tmp_path, RANDOM, sensor=(34, 34))["train"]
-    with pytest.raises(EventError, match="off the sensor of 34 x 34"):
+    says = r"off the sensor of 34 x 34 .* largest x is 1\d\d, the largest y 1\d\d\. .*given: --sensor 34x34"
+    with pytest.raises(EventError, match=says):
         read_all(source, tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import numpy as np
 import pytest
@@ -128,10 +129,39 @@ def test_no_split_is_drawn_silently():
 
 def test_small_classes_are_refused_by_tebn():
     names = [f"a/{i}" for i in range(300)] + [f"b/{i}" for i in range(34)]
+    labels = [0] * 300 + [1] * 34
     with pytest.raises(ValueError, match=r"class 'b' has 34 recordings; the split 'tebn' .* leave none for training"):
-        divide(names, [0] * 300 + [1] * 34, ["a", "b"], SplitRule("tebn"))
-    with pytest.raises(ValueError, match="'first90' leaves no recordings for 'test', of 9"):
+        divide(names, labels, ["a", "b"], SplitRule("tebn"))
+    with pytest.raises(ValueError, match="'first90' leaves no recordings for 'test', of 9: a class needs 10"):
         divide(names[:9], [0] * 9, ["a", "b"], SplitRule("first90"))
+
+
+@pytest.mark.parametrize("counts", [(1,), (1, 1, 1), (2, 1), (9, 4), (10, 1), (12, 30), (99, 1)])
+def test_the_remedies_work(counts, tmp_path):
+    classes = [f"c{i}" for i in range(len(counts))]
+    names = [f"{name}/{i}.bin" for name, count in zip(classes, counts, strict=True) for i in range(count)]
+    labels = np.repeat(np.arange(len(counts)), counts).tolist()
+    path = tmp_path / "test.txt"
+    path.write_text(names[0])
+    rules = {rule: SplitRule(rule) for rule in ("random", "first90", "tebn")}
+    rules["FILE"] = SplitRule("file", path=str(path))
+    works, texts = set(), {}
+    for name, rule in rules.items():
+        try:
+            divide(names, labels, classes, rule)
+            works.add(name)
+        except ValueError as error:
+            texts[name] = str(error)
+    assert "tebn" in texts
+    for text in texts.values():
+        advised = {name for name in rules if f"--split {name}" in text}
+        assert advised == works, text
+        assert works or "One recording cannot be divided" in text
+        assert ("then for training only" in text) == any(
+            min(counts) < least for name, least in (("random", 2), ("first90", 10)) if name in works
+        )
+    if max(counts) == 1 < len(counts):
+        assert "a class needs 2 to be divided; the largest, 'c0', has 1 recording." in texts["random"]
 
 
 def from_file(tmp_path, text: str):
@@ -156,6 +186,15 @@ def test_a_list_of_ones_own(tmp_path):
     assert other["sha256"] != record["sha256"]
 
 
+def test_a_list_out_of_a_pipe():
+    read, write = os.pipe()
+    os.write(write, NAMES[7].encode())
+    os.close(write)
+    parts, _ = cifar(parse_rule(f"/dev/fd/{read}"))
+    os.close(read)
+    assert parts["test"].tolist() == [7]
+
+
 def test_a_wrong_list(tmp_path):
     with pytest.raises(ValueError) as error:
         from_file(tmp_path, f"{NAMES[0]}\ncat/cifar10_cta_5.aedat\ncifar10_dog_1000\n\ncifar10_airplane_0\nzzz\n")
@@ -174,7 +213,7 @@ def test_a_wrong_list(tmp_path):
     with pytest.raises(ValueError, match="one of several recordings; name its folder, too"):
         divide(names, [0, 1], ["ant", "bass"], SplitRule("file", path=str(path)))
     path.write_text("\n".join(names))
-    with pytest.raises(ValueError, match="'file' leaves no recordings for 'train', of 2"):
+    with pytest.raises(ValueError, match="'file' leaves no recordings for 'train', of 2: the file names all"):
         divide(names, [0, 1], ["ant", "bass"], SplitRule("file", path=str(path)))
 
 
@@ -186,6 +225,8 @@ def test_what_the_command_line_says(tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("x\n")
     assert parse_rule(str(path)) == SplitRule("file", path=str(path))
+    with pytest.raises(ValueError, match="is a folder; wanted a file"):
+        parse_rule(str(tmp_path))
     for arguments, message in [
         (("tbn",), "'tbn' is neither one of given, tebn, random, first90 nor a file .* Did you mean 'tebn'"),
         (("file",), "neither one of"),
@@ -200,6 +241,7 @@ def test_what_the_command_line_says(tmp_path):
 def test_words_for_people():
     counts = {"train": 9000, "test": 1000}
     assert say_split({"rule": "tebn", "counts": counts}) == "tebn: 9000 train, 1000 test"
+    assert say_split({"rule": "given", "counts": {"test": 100, "train": 900}}) == "given: 900 train, 100 test"
     assert (
         say_split({"rule": "random", "seed": 3, "test_share": 0.1, "counts": counts})
         == "random (seed 3, 0.1 of every class): 9000 train, 1000 test"

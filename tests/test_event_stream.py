@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import re
 import shutil
 
 import numpy as np
@@ -195,6 +196,10 @@ def test_recordings_of_another_sensor_and_samples_without_one_are_bad(small_even
     reader.read = lambda i: {key: value for key, value in read(i).items() if key != "events"}
     batch = EvalStream(recipe, reader, 6, 0, 1)[0]
     assert len(batch.bad) == 6 and all(text.endswith("no recording; members: cls") for text in batch.bad)
+    path = folder / "train-000000.tar"
+    path.write_bytes(path.read_bytes()[:-12_000])
+    *_, last = EvalStream(recipe, SampleReader(load_index(folder)), 6, 0, 1)[0].bad
+    assert re.fullmatch(r"train-000000\.tar\[5\]: the shard ends at byte \d+, its index wants \d+", last)
 
 
 # ---- what the index says against what the recipe wants
@@ -231,8 +236,13 @@ def test_the_split_is_held_against_the_index(small_events, copied):
     say(copied / "test", split={"rule": "random", "seed": 7})
     text = refused(small_events(data=data))
     assert text.startswith("data.val: ") and "were split by random, seed 7, and the recipe's" in text
-    say(copied / "test", split=None)
-    assert "say nothing of their split" in refused(small_events(data=data))
+    for unknown in (None, {"rule": "unknown"}):
+        say(copied / "test", split=unknown)
+        text = refused(small_events(data=data))
+        assert "say nothing of their split" in text and "where their own index.json lies" in text
+        assert "may leave events.split out" in text
+    tested = {"train": data["train"], "val": None, "test": data["val"]}
+    assert open_splits(check_recipe(small_events(data=tested, events={"split": None}))).text == "split unknown"
 
 
 def test_training_and_test_are_of_one_split(small_events, copied):
@@ -267,6 +277,8 @@ def test_the_split_in_words(dot_shards, digit_shards, copied):
     assert split_text(load_index(copied / "train")) == "split random, seed 7, 0.1 of every class (60 / 24)"
     say(copied / "train", split={"rule": "file", "sha256": "0123456789abcdef", "counts": {}})
     assert split_text(load_index(copied / "train")) == "split file, list 0123456789ab (60 / none)"
+    say(copied / "test", split={"rule": "unknown"})
+    assert split_text(*(load_index(copied / part) for part in ("train", "test"))) == "split unknown"
 
 
 def test_nothing_of_a_device_is_touched_before_the_kinds_agree(small, dot_shards, monkeypatch):

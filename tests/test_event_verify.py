@@ -52,7 +52,7 @@ def test_foreign_shards_of_recordings(tmp_path):
     made = index(urls, tmp_path)
     assert made.kind == "events" and made.class_histogram == [5, 4, 3]
     events = made.plan["events"]
-    assert events["sensor"] == [128, 128] and events["codec"] == 1 and events["split"] == {"rule": "given"}
+    assert events["sensor"] == [128, 128] and events["codec"] == 1 and events["split"] == {"rule": "unknown"}
     assert events["num_events"] == 1000 and events["repairs"] == {}
     assert events["num_bytes"] == sum(len(encode_events(recording)) for recording in first + second)
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -65,6 +65,28 @@ def test_foreign_shards_of_recordings(tmp_path):
     assert load_index(tmp_path).plan == made.plan
     report = verify(tmp_path)
     assert report.ok and report.num_decoded == 12 and report.num_events == 1000
+
+
+def test_the_split_of_an_index_beside_the_shards_is_taken_over(tmp_path):
+    draws = {}
+    for seed in (1, 2):
+        split = {"rule": "random", "seed": seed, "test_share": 0.1, "counts": {"train": 54, "test": 6}}
+        draws[seed] = RecordingList(small(), [0, 1, 2] * 2, ["a", "b", "c"], split=split)
+        folder = tmp_path / str(seed)
+        write_shards(draws[seed], folder, split="test", num_shards=2, workers=1, progress=False)
+    first, second = (str(tmp_path / str(seed) / "test-{000000..000001}.tar") for seed in (1, 2))
+    made = index_shards(first, tmp_path / "out", workers=1, progress=False)
+    assert made.split == "test" and made.plan["events"]["split"] == draws[1].split
+    # of a part, too, and under another name
+    made = index(f"file://{tmp_path}/2/test-000001.tar", tmp_path / "out")
+    assert made.split == "train" and made.plan["events"]["split"] == draws[2].split
+    for urls in ([first, second], f"pipe:cat {tmp_path}/1/test-000000.tar"):
+        made = index_shards(urls, tmp_path / "out", workers=1, progress=False)
+        assert made.plan["events"]["split"] == {"rule": "unknown"}
+    # shards that are not the index's own
+    bare(tmp_path / "1" / "test-000001.tar", members_of(small()))
+    made = index_shards(first, tmp_path / "out", workers=1, progress=False)
+    assert made.split == "train" and made.plan["events"]["split"] == {"rule": "unknown"}
 
 
 def test_what_cannot_be_indexed(tmp_path):

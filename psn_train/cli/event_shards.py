@@ -58,6 +58,7 @@ def _open(options) -> dict:
 
 
 def _shards_of_recordings(options) -> int:
+    from psn_train.data.event_index import settle_counts
     from psn_train.data.shards import write_shards
     from psn_train.data.sources.event_splits import say_split
 
@@ -65,7 +66,7 @@ def _shards_of_recordings(options) -> int:
     for name in options.splits or splits:
         if name not in splits:
             raise ValueError(f"{options.source} has no split {name!r}; it has {', '.join(splits)}")
-    for name in options.splits or splits:
+    for number, name in enumerate(options.splits or splits):
         out = os.path.join(options.out, name)
         index = write_shards(
             splits[name],
@@ -76,6 +77,8 @@ def _shards_of_recordings(options) -> int:
             workers=options.workers,
             skip_bad=options.skip_bad,
             overwrite=options.overwrite,
+            # they are the whole data set's
+            say_notes=not number,
         )
         events = index.plan["events"]
         print(
@@ -83,5 +86,7 @@ def _shards_of_recordings(options) -> int:
             f"{index.num_bytes / 1e6:.1f} MB; {events['num_events']} events of {events['sensor'][0]} x "
             f"{events['sensor'][1]} pixels, {events['num_bytes'] / events['num_events']:.2f} bytes an event"
         )
-    print(f"split: {say_split(events['split'])}")
+    folders = {name: os.path.join(options.out, name) for name in splits}
+    split = settle_counts(events["split"], folders, {name: len(source) for name, source in splits.items()})
+    print(f"split: {say_split(split)}")
     return 0

@@ -32,7 +32,7 @@ def add(verbs, verb) -> None:
     index = verb("index", _shards_index, "write an index.json for webdataset shards that have none", kinds)
     index.add_argument("shards", nargs="+", metavar="SHARD", help="paths, URLs, pipe: commands; braces are expanded")
     index.add_argument("--to", required=True, metavar="DIR", help="folder for index.json")
-    index.add_argument("--split", default="train")
+    index.add_argument("--split", help="its name (default: as an index beside the shards has it, else train)")
     index.add_argument("--classes", help="text file with one class a line")
     index.add_argument("--workers", type=count, default=os.cpu_count())
     verify = verb(

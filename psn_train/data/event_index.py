@@ -5,15 +5,21 @@
   sensor   [width, height] in pixels, of every recording
   codec    version of the coding, see `events/codec.py`
   split    {"rule": "tebn", "counts": {"train": 9000, "test": 1000}, ...}: how training and test were told apart, see
-           `sources/event_splits.py`; "seed" and "test_share" where the rule is random, "sha256" where it is a file's
+           `sources/event_splits.py`; "seed" and "test_share" where the rule is random, "sha256" where it is a file's;
+           {"rule": "unknown"} of shards that someone else wrote
   format   of the files that the recordings came from
   repairs  {name: count} over all of them, see `events/recording.py`
 """
 
 from __future__ import annotations
 
-from psn_train.data.index import ShardError, ShardIndex
+import contextlib
+
+from psn_train.data.index import ShardError, ShardIndex, load_index, save_index
 from psn_train.recipe import Recipe
+
+# no recipe can ask for it
+UNKNOWN = "unknown"
 
 
 def check_kind(index: ShardIndex, recipe: Recipe, key: str) -> None:
@@ -39,28 +45,34 @@ def check_kind(index: ShardIndex, recipe: Recipe, key: str) -> None:
         )
     sensor_of(index)
     wanted, found = recipe.events.split, split_of(index)
-    if wanted is not None and (found is None or found["rule"] != wanted):
-        says = f"were split by {split_words(found)}" if found is not None else "say nothing of their split"
+    if wanted is None or (found is not None and found["rule"] == wanted):
+        return
+    danger = f"and the recipe's events.split is {wanted}: some of its test samples may be training samples there. "
+    if found is None or found["rule"] == UNKNOWN:
         raise ShardError(
-            f"{key}: the shards in {index.location} {says}, and the recipe's events.split is {wanted}: some of its "
-            "test samples may be training samples there. Take shards of that split, as `psn shards` writes them; only "
-            f"a recipe that is not trained yet may say events.split: {found['rule'] if found is not None else 'null'}"
+            f"{key}: the shards in {index.location} say nothing of their split, {danger}If `psn shards` wrote them, "
+            "index them in the folder where their own index.json lies: `psn shards index` takes the split over from "
+            "it. Else only a recipe that is not trained yet may leave events.split out, and the split is then unknown"
         )
+    raise ShardError(
+        f"{key}: the shards in {index.location} were split by {split_words(found)}, {danger}Take shards of that split, "
+        f"as `psn shards` writes them; only a recipe that is not trained yet may say events.split: {found['rule']}"
+    )
 
 
 def check_one_split(trained_on: dict | None, index: ShardIndex, key: str) -> None:
     """Raises ShardError where shards are of another split than what is trained on: one may hold samples of the other.
+
+    Where one of the two is unknown nothing can be said here; no recipe with `events.split` comes so far.
 
     Args:
         trained_on: of the training shards, see `split_of`.
         key: what names the shards, as in `check_kind`.
     """
     found = split_of(index)
-    if trained_on is None or found is None:
+    if any(split is None or split["rule"] == UNKNOWN for split in (trained_on, found)):
         return
-    # how many there are says nothing: a part of a data set may be tested on
-    ours, theirs = ({name: value for name, value in split.items() if name != "counts"} for split in (trained_on, found))
-    if ours != theirs:
+    if identity(trained_on) != identity(found):
         raise ShardError(
             f"{key}: the shards in {index.location} are of the split {split_words(found)}, and the training shards of "
             f"the split {split_words(trained_on)}: samples of the one may be among those of the other. Take both from "
@@ -97,6 +109,37 @@ def split_of(index: ShardIndex) -> dict | None:
     return split if isinstance(split, dict) and "rule" in split else None
 
 
+def identity(split: dict | None) -> dict | None:
+    """What tells a split from others. How many there are says nothing: a part of a data set may be tested on."""
+    return None if split is None else {name: value for name, value in split.items() if name != "counts"}
+
+
+def settle_counts(split: dict, folders: dict[str, str], listed: dict[str, int]) -> dict:
+    """Have the indices of the splits of one data set count what was written of each, not what was listed.
+
+    Args:
+        split: what is recorded of the split.
+        folders: by the name of the part; where there is no index yet, or one of other shards, what was listed counts.
+        listed: recordings of each part before any were left out.
+
+    Returns:
+        `split`, with "counts" as the indices have them now.
+    """
+    indices = {}
+    for name, folder in folders.items():
+        with contextlib.suppress(ShardError):
+            index = load_index(folder)
+            same = identity(split_of(index)) == identity(split)
+            if same and index.plan.get("source", {}).get("num_samples") == listed[name]:
+                indices[name] = index
+    split = {**split, "counts": {**listed, **{name: index.num_samples for name, index in indices.items()}}}
+    for name, index in indices.items():
+        if split_of(index) != split:
+            index.plan["events"]["split"] = split
+            save_index(index, folders[name])
+    return split
+
+
 def split_words(split: dict) -> str:
     """A split's rule and what else names it: "tebn", "random, seed 7, 0.1 of every class"."""
     words = [split["rule"]]
@@ -112,12 +155,16 @@ def split_words(split: dict) -> str:
 def split_text(*indices: ShardIndex | None) -> str | None:
     """What a report says of a split, "split tebn (9,000 / 1,000)": training and test samples; None without a split.
 
+    "split unknown" where that of one of them is: it may hold samples of the other.
+
     Args:
         indices: those of the same split that are at hand; what they hold goes before what was counted at its making.
     """
     known = [index for index in indices if index is not None and split_of(index) is not None]
     if not known:
         return None
+    if any(split_of(index)["rule"] == UNKNOWN for index in known):
+        return f"split {UNKNOWN}"
     split = split_of(known[0])
     counts = {**split.get("counts", {}), **{index.split: index.num_samples for index in known}}
     train, test = (f"{counts[part]:,}" if part in counts else "none" for part in ("train", "test"))

@@ -16,9 +16,10 @@ from typing import BinaryIO
 import numpy as np
 
 from psn_train.data.companions import write_companions
+from psn_train.data.event_index import UNKNOWN, identity, split_of
 from psn_train.data.events.codec import VERSION, peek
 from psn_train.data.image_files import IMAGE_EXTENSIONS
-from psn_train.data.index import Shard, ShardError, ShardIndex, is_url, save_index
+from psn_train.data.index import INDEX_NAME, Shard, ShardError, ShardIndex, is_url, load_index, save_index
 from psn_train.data.pool import Bar, run_jobs
 from psn_train.data.tar import HashingReader, walk_samples
 
@@ -81,7 +82,7 @@ def index_shards(
     urls: str | Sequence[str],
     out: str | os.PathLike,
     *,
-    split: str,
+    split: str | None = None,
     classes: Sequence[str] | None = None,
     workers: int | None = None,
     progress: bool = True,
@@ -92,11 +93,14 @@ def index_shards(
     `.cls` with an integer, or `.json` with one, bare or under label, cls, class, class_id or target; with `classes` a
     name will do.
 
+    How recordings were split into training and test is taken from an `index.json` that lies beside the shards and lists
+    these very bytes; else the index says {"rule": "unknown"}.
+
     Args:
         urls: paths, http(s) URLs or `pipe:` commands, or one of them; braces are expanded: `in-{000..127}.tar`.
         out: folder for the index. Shards in it or below are named relative to it, so that they can move together;
             others by their absolute path or as given.
-        split: what the split is called.
+        split: what the split is called; by default as an index beside the shards calls it, else "train".
         classes: their names; by default the numbers up to the largest label.
         workers: processes; by default one for every core.
 
@@ -133,10 +137,14 @@ def index_shards(
         raise ShardError("the shards hold no samples")
     if len(kinds) > 1:
         raise ShardError("some samples are images, others are events")
+    shards = [found[number][0] for number in range(len(jobs))]
+    beside = _indices_beside(expanded, shards)
+    if split is None:
+        names = {index.split for index in beside}
+        split = names.pop() if len(names) == 1 else "train"
     plan = {"source": {"type": "webdataset shards"}}
     if kinds == {"events"}:
-        plan["events"] = _events_plan([totals for _, _, _, totals in found.values()])
-    shards = [found[number][0] for number in range(len(jobs))]
+        plan["events"] = _events_plan([totals for _, _, _, totals in found.values()], _common_split(beside))
     index = ShardIndex(kinds.pop(), split, classes, histogram.tolist(), shards, plan, str(out))
     out.mkdir(parents=True, exist_ok=True)
     write_companions(index, out)
@@ -144,7 +152,34 @@ def index_shards(
     return index
 
 
-def _events_plan(totals: list[dict]) -> dict:
+def _indices_beside(urls: list[str], shards: list[Shard]) -> list[ShardIndex]:
+    """The indices in the folders of local shards; none unless they list every one of these, byte for byte."""
+    indices: dict[str, ShardIndex | None] = {}
+    for url, shard in zip(urls, shards, strict=True):
+        path = _local_path(url)
+        if path is None:
+            return []
+        folder, name = os.path.split(path)
+        if folder not in indices:
+            indices[folder] = None
+            if os.path.isfile(os.path.join(folder, INDEX_NAME)):
+                with contextlib.suppress(ShardError):
+                    indices[folder] = load_index(folder)
+        index = indices[folder]
+        if index is None or not any(own.name == name and own.sha256 == shard.sha256 for own in index.shards):
+            return []
+    return list(indices.values())
+
+
+def _common_split(indices: list[ShardIndex]) -> dict:
+    """How recordings were split, where all indices say the same; what they count apart."""
+    splits = [split_of(index) for index in indices]
+    if not splits or any(identity(split) != identity(splits[0]) for split in splits):
+        return {"rule": UNKNOWN}
+    return splits[0] or {"rule": UNKNOWN}
+
+
+def _events_plan(totals: list[dict], split: dict) -> dict:
     """What an index says of its recordings, as far as foreign shards tell."""
     sensors = sorted(set().union(*(of["sensors"] for of in totals)))
     if len(sensors) > 1:
@@ -154,7 +189,7 @@ def _events_plan(totals: list[dict]) -> dict:
     return {
         "sensor": list(sensors[0]),
         "codec": VERSION,
-        "split": {"rule": "given"},
+        "split": split,
         "format": "coded already",
         "num_events": sum(of["events"] for of in totals),
         "num_bytes": sum(of["bytes"] for of in totals),
@@ -162,12 +197,18 @@ def _events_plan(totals: list[dict]) -> dict:
     }
 
 
-def _name_of(url: str, out: Path) -> str:
+def _local_path(url: str) -> str | None:
+    """The absolute path of a shard; None for what is no file of this machine."""
     if url.startswith("file:"):
         url = urllib.parse.unquote(url.removeprefix("file:").removeprefix("//"))
-    if is_url(url):
+    return None if is_url(url) else os.path.abspath(url)
+
+
+def _name_of(url: str, out: Path) -> str:
+    local = _local_path(url)
+    if local is None:
         return url
-    path = Path(os.path.abspath(url))
+    path = Path(local)
     folder = Path(os.path.abspath(out))
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 

@@ -12,6 +12,7 @@ A sample is what webdataset takes for one: the consecutive tar members whose nam
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -97,6 +98,22 @@ def save_index(index: ShardIndex, folder: str | os.PathLike) -> Path:
     return path
 
 
+def _advice(where: str) -> str:
+    """What to do where there is no index: often it is the folder above the splits that was named."""
+    below = []
+    with contextlib.suppress(OSError, ValueError):
+        below = [path.parent.name for path in Path(where).glob(f"*/{INDEX_NAME}")]
+        below.sort(key=lambda name: (name != "train", name))
+    if below:
+        listed = ", ".join(f"{name}/" for name in below[:-1])
+        return f"It holds {listed + ' and ' if listed else ''}{below[-1]}/ with shards; name one of them."
+    return (
+        "Write shards with `psn shards images SRC OUT` (of images) or `psn shards cifar10dvs|nmnist|dvs128gesture|"
+        "ncaltech101|events SRC OUT` (of recordings), or index those that have none with "
+        "`psn shards index SHARDS --to DIR`."
+    )
+
+
 def load_index(where: str | os.PathLike) -> ShardIndex:
     """Read the index of a folder of shards.
 
@@ -117,11 +134,7 @@ def load_index(where: str | os.PathLike) -> ShardIndex:
         else:
             text = Path(url).read_bytes()
     except (OSError, ValueError) as error:
-        raise ShardError(
-            f"no shards at {where}: {url} cannot be read ({error}). "
-            "Write shards with `psn shards images SRC OUT`, or index those that have none with "
-            "`psn shards index SHARDS --to DIR`."
-        ) from error
+        raise ShardError(f"no shards at {where}: {url} cannot be read ({error}). {_advice(where)}") from error
     try:
         document = json.loads(text)
         if document.get("format") != FORMAT:

@@ -21,6 +21,10 @@ from psn_train.data.index import INDEX_NAME, ShardError, load_index
 
 STATE = ".writing"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# of a plan: what needs no words, or has others
+_IN_NO_WORDS = ("sha256", "events", "remarks", "passed_over")
+# of the split of recordings: what people call it -> what the plan calls it
+_OF_SPLIT = {"split": "rule", "split_seed": "seed", "test_share": "test_share", "list": "sha256"}
 # workers of a run that was killed see it within a second and let go of the lock
 _LOCK_PATIENCE = 3.0
 
@@ -113,7 +117,8 @@ def finished_shards(out: Path, plan: dict, names: list[str], overwrite: bool) ->
             raise ShardError(f"{out}: {', '.join(strangers[:5])} do not belong here; remove them or pass --overwrite")
         stale = set(found) - set(whole)
     else:
-        if (before is not None or found) and not overwrite:
+        # a run that failed before its first shard was whole leaves a plan, and nothing to lose
+        if (found or (out / INDEX_NAME).exists()) and not overwrite:
             raise ShardError(
                 f"{out} holds shards {_difference(before, plan)}. Choose another folder, or --overwrite to delete them"
             )
@@ -167,16 +172,34 @@ def _previous(out: Path) -> tuple[dict | None, dict[str, dict]]:
 
 
 def _difference(before: dict | None, plan: dict) -> str:
+    """In what an earlier plan differs: "that were made otherwise: seed 0, now 1"."""
     if not before or "source" not in before:
         return "of unknown origin"
-    # of recordings, the index knows totals that a plan does not
-    before = {**before, **{f"events.{name}": before.get("events", {}).get(name) for name in plan.get("events", {})}}
-    plan = {**plan, **{f"events.{name}": value for name, value in plan.get("events", {}).items()}}
-    differing = [name for name in plan if name not in ("sha256", "events") and before.get(name) != plan[name]]
-    was = ", ".join(f"{name} {before.get(name)!r}, now {plan[name]!r}" for name in differing if name != "source")
-    if "source" in differing:
-        was = ", ".join(filter(None, ["another source (its files, classes or sizes differ)", was]))
-    return f"that were made otherwise: {was or 'another split'}"
+    was, now = _flat(before), _flat(plan)
+    # another split of the same recordings lists others of them
+    divided = was.keys() & now.keys() & {"split"} and any(was.get(name) != now.get(name) for name in _OF_SPLIT)
+    differing = [name for name in now if was.get(name) != now[name]]
+    if "split" in differing:
+        # what else names a split is another rule's
+        differing = [name for name in differing if name == "split" or name not in _OF_SPLIT]
+    texts = [f"{name} {was.get(name)}, now {now.get(name)}" for name in differing if name != "source"]
+    if "source" in differing and not (divided and before["source"]["type"] == plan["source"]["type"]):
+        texts.insert(0, "another source (its files, classes or sizes differ)")
+    return f"that were made otherwise: {', '.join(texts) or 'another name of the split, or others beside it'}"
+
+
+def _flat(plan: dict) -> dict:
+    """{option: value in words} of a plan; of recordings, an index knows totals that a plan does not."""
+    flat = {name: value for name, value in plan.items() if name not in _IN_NO_WORDS}
+    events = plan.get("events", {})
+    if isinstance(sensor := events.get("sensor"), list):
+        flat["sensor"] = " x ".join(map(str, sensor))
+    flat.update({name: events[name] for name in ("codec", "format") if name in events})
+    split = events.get("split") or {}
+    flat.update({name: split[key] for name, key in _OF_SPLIT.items() if key in split})
+    if "sha256" in split:
+        flat["list"] = split["sha256"][:12]
+    return flat
 
 
 def check_skipped(out: Path, finished: dict[str, dict], skip_bad: bool) -> None:

@@ -29,6 +29,7 @@ from psn_train.data.index import Shard, ShardError, ShardIndex, save_index
 from psn_train.data.pool import Bar, run_jobs
 from psn_train.data.resume import STATE, check_skipped, finished_shards, guard_disk, lock_folder, save_json, sync_folder
 from psn_train.data.sources import Source
+from psn_train.data.sources.source import named_error
 from psn_train.data.tar import BLOCK, tar_end, tar_member
 
 __all__ = ["index_shards", "plan_num_shards", "plan_order", "plan_sizes", "write_shards"]
@@ -97,6 +98,7 @@ def write_shards(
     skip_bad: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    say_notes: bool = True,
 ) -> ShardIndex:
     """Write a source's samples to `out_dir/{split}-{i:06d}.tar`, and `index.json` beside them.
 
@@ -117,6 +119,7 @@ def write_shards(
         skip_bad: leave out samples that cannot be read; they are listed under "remarks" in the index's plan.
         overwrite: delete the shards of another plan that are in `out_dir`.
         progress: show a bar on the error stream.
+        say_notes: say there what the source passed over, too.
 
     Raises:
         ValueError: options that contradict each other.
@@ -176,7 +179,7 @@ def write_shards(
                 bar.say(f"{out}: {len(finished)} of {num_shards} shards are there already, going on")
             for number, record in run_jobs(_write_shard, jobs(), workers=min(workers, len(todo)), bar=bar):
                 finished[names[todo[number]]] = record
-            _say_remarks(bar, source, finished)
+            _say_remarks(bar, source.notes if say_notes else {}, finished)
         index = _make_index(source, split, plan, names, keys, finished, str(out))
         with guard_disk(out):
             write_companions(index, out)
@@ -221,11 +224,10 @@ def _write_shard(job: _Job, tick: Callable[[int], None]) -> dict:
                 try:
                     sample = _read_sample(job, key, name, reference, remarks)
                 except (BadImage, OSError, ValueError) as error:
+                    text = named_error(name, error)
                     if not job.skip_bad:
-                        raise ShardError(
-                            f"{name}: {error}. Repair it, or leave such files out with --skip-bad"
-                        ) from error
-                    remarks.setdefault("skipped", {})[key] = f"{name}: {error}"
+                        raise ShardError(f"{text}. Repair it, or leave such files out with --skip-bad") from error
+                    remarks.setdefault("skipped", {})[key] = text
                 else:
                     sample["cls"] = str(label).encode()
                     at = offsets[-1]
@@ -300,8 +302,13 @@ def _make_index(source, split, plan, names, keys, finished, location) -> ShardIn
                 of = remark["recordings"]
                 _add_totals(totals, of["events"], of["bytes"], of["repairs"])
         repairs = dict(sorted(totals["repairs"].items()))
+        events = plan.get("events", {})
+        if split in (counts := events.get("split", {}).get("counts", {})):
+            # those that were left out are in no split
+            counts = {**counts, split: sum(shard.num_samples for shard in shards)}
+            events = {**events, "split": {**events["split"], "counts": counts}}
         plan["events"] = {
-            **plan.get("events", {}),
+            **events,
             "num_events": totals["events"],
             "num_bytes": totals["bytes"],
             "repairs": repairs,
@@ -309,9 +316,9 @@ def _make_index(source, split, plan, names, keys, finished, location) -> ShardIn
     return ShardIndex(source.kind, split, source.classes, histogram.tolist(), shards, plan, location)
 
 
-def _say_remarks(bar: Bar, source: Source, finished: dict[str, dict]) -> None:
+def _say_remarks(bar: Bar, notes: dict[str, int], finished: dict[str, dict]) -> None:
     """What the user should know of the files: passed over, left out, not what their names say."""
-    for reason, count in source.notes.items():
+    for reason, count in notes.items():
         bar.say(f"  passed over: {count} {reason}")
     remarks = [record["remarks"] for record in finished.values()]
     repaired = [remark["recordings"]["repairs"] for remark in remarks if "recordings" in remark]

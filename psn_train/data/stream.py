@@ -31,6 +31,7 @@ from psn_train.data.index import ShardError, ShardIndex
 from psn_train.data.memory import keep_freed_memory
 from psn_train.data.order import stream_positions
 from psn_train.data.reader import SampleReader
+from psn_train.data.sources.source import named_error
 from psn_train.recipe import Plan, Recipe
 
 
@@ -125,7 +126,7 @@ class TrainStream(Dataset):
             try:
                 sample, label, key = self.samples.read(sample_id, epoch)
             except (BadSample, ShardError) as error:
-                bad.append(f"{self.reader.name(sample_id)}: {error}")
+                bad.append(named_error(self.reader.name(sample_id), error))
                 sample, label, key = None, -1, ""
             samples.append(sample)
             targets.append(label)
@@ -178,7 +179,7 @@ class EvalStream(Dataset):
             try:
                 sample, label, key = self.samples.read(sample_id, 0)
             except (BadSample, ShardError) as error:
-                bad.append(f"{self.reader.name(sample_id)}: {error}")
+                bad.append(named_error(self.reader.name(sample_id), error))
                 sample, label, key = self.samples.blank(), -1, ""
             samples.append(sample)
             targets.append(label)

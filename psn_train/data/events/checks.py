@@ -12,6 +12,10 @@ _LARGEST_SENSOR = 1 << 15
 _PRINTABLE = bytes(range(32, 127)) + b"\t\r"
 
 
+class OffSensor(EventError):
+    """An address is off the sensor."""
+
+
 def unwrap(ticks: np.ndarray, bits: int) -> tuple[np.ndarray, int]:
     """Readings [E] of a clock of so many bits -> (time [E], number of wraps); the time is int64 if there are wraps.
 
@@ -100,16 +104,16 @@ def checked(where: str, t, x, y, p, sensor: tuple[int, int], repairs: dict[str, 
 
 
 def check_addresses(where: str, x: np.ndarray, y: np.ndarray, sensor: tuple[int, int]) -> None:
-    """EventError unless every (x, y) [E] is on the sensor; the first that is not is named."""
+    """OffSensor unless every (x, y) [E] is on the sensor; the first that is not is named, and the largest."""
     width, height = check_sensor(sensor, where)
     if not len(x) or (x.max() < width and y.max() < height and x.min() >= 0 and y.min() >= 0):
         return
     off = (x < 0) | (x >= width) | (y < 0) | (y >= height)
     first = int(np.argmax(off))
-    raise EventError(
+    raise OffSensor(
         f"{where}: event {first} of {len(x)} is at ({x[first]}, {y[first]}), off the sensor of {width} x {height} "
-        f"pixels, as are {int(off.sum())} events in all. Either the file is damaged, or it was read with the wrong "
-        "format or sensor"
+        f"pixels, as are {int(off.sum())} events in all; the largest x is {x.max()}, the largest y {y.max()}. Either "
+        "the file is damaged, or it was read with the wrong format or sensor"
     )
 
 

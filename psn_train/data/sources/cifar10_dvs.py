@@ -64,7 +64,7 @@ def open_cifar10_dvs(
             "compare. Get the original (figshare, ten zips), or take it as any folder: psn shards events"
         )
     if problems:
-        hint = ". Get them anew; or go on without those that are missing: --skip-bad"
+        hint = "\nGet them anew; or go on without those that are missing: --skip-bad"
         raise ValueError("\n  ".join(["CIFAR10-DVS is not whole:", *problems]) + hint)
     if len(formats) > 1:
         raise ValueError(f"{src}: .aedat and .npz side by side; keep one of them")

@@ -24,9 +24,13 @@ from pathlib import Path
 
 import numpy as np
 
+from psn_train.data.sources.source import split_order
+
 RULES = ("given", "tebn", "random", "first90", "file")
 TEBN_TEST = 100
 TEST_SHARE = 0.1
+# recordings of a class of which ceil(0.9 n) are fewer than n
+_FIRST90_LEAST = 10
 _SHOWN = 5
 
 
@@ -55,7 +59,10 @@ def parse_rule(text: str | None, seed: int | None = None, test_share: float | No
     if text in RULES and text != "file":
         return SplitRule(text, seed or 0, TEST_SHARE if test_share is None else test_share)
     path = Path(text).expanduser()
-    if not path.is_file():
+    # a pipe will do, such as a shell's <(...)
+    if path.is_dir():
+        raise ValueError(f"split {text!r} is a folder; wanted a file that names the test's recordings, one a line")
+    if not path.exists():
         near = difflib.get_close_matches(text, RULES, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
@@ -106,15 +113,56 @@ def divide(
             test = np.zeros(len(names), bool)
             for label, name in enumerate(classes):
                 rows = np.flatnonzero(labels == label)
-                test[_test_of_class([names[row] for row in rows], rows, rule, numbers, name)] = True
+                chosen = _test_of_class([names[row] for row in rows], rows, rule, numbers)
+                if rule.rule == "tebn" and len(chosen) == len(rows) > 0:
+                    raise ValueError(
+                        f"class {name!r} has {_recordings(len(rows))}; the split 'tebn' takes index 0 to "
+                        f"{TEBN_TEST - 1} for the test and would leave none for training. "
+                        + _remedies(np.bincount(labels, minlength=len(classes)), "tebn")
+                    )
+                test[chosen] = True
         if rule.rule == "random":
             record |= {"seed": rule.seed, "test_share": rule.test_share}
         parts = {"train": np.flatnonzero(~test), "test": np.flatnonzero(test)}
+    parts = {name: parts[name] for name in sorted(parts, key=split_order)}
     for name, rows in parts.items():
         if not len(rows):
-            raise ValueError(f"the split {rule.rule!r} leaves no recordings for {name!r}, of {len(names)}")
+            raise ValueError(
+                f"the split {rule.rule!r} leaves no recordings for {name!r}, of {len(names)}"
+                + _why_empty(rule.rule, labels, classes)
+            )
     record["counts"] = {name: len(rows) for name, rows in parts.items()}
     return parts, record
+
+
+def _why_empty(rule: str, labels: np.ndarray, classes: Sequence[str]) -> str:
+    """Why a rule leaves a split empty, and what does not."""
+    counts = np.bincount(labels, minlength=len(classes))
+    largest = f"the largest, {classes[int(counts.argmax())]!r}, has {_recordings(int(counts.max()))}"
+    why = {
+        "random": f": a class needs 2 to be divided; {largest}",
+        "first90": f": a class needs {_FIRST90_LEAST} for one of them to be the test's; {largest}",
+        "tebn": f": none has an index of 0 to {TEBN_TEST - 1}",
+        "file": ": the file names all of them",
+    }.get(rule, "")
+    return f"{why}. {'Name fewer' if rule == 'file' and len(labels) > 1 else _remedies(counts, rule)}"
+
+
+def _remedies(counts: np.ndarray, rule: str) -> str:
+    """The rules other than `rule` that divide classes of so many recordings, and what they do to the smallest."""
+    smallest, ways = counts[counts > 0].min(), []
+    for other, least in (("random", 2), ("first90", _FIRST90_LEAST)):
+        if other != rule and counts.max() >= least:
+            few = f" (a class of fewer than {least} is then for training only)" if smallest < least else ""
+            ways.append(f"--split {other}{few}")
+    if counts.sum() < 2:
+        return "One recording cannot be divided; add others"
+    ways.append("--split FILE with the names of the test's recordings")
+    return f"Choose {', '.join(ways[:-1])}{' or ' if len(ways) > 1 else ''}{ways[-1]}"
+
+
+def _recordings(count: int) -> str:
+    return "1 recording" if count == 1 else f"{count} recordings"
 
 
 def say_split(record: dict) -> str:
@@ -124,10 +172,11 @@ def say_split(record: dict) -> str:
         text += f" (seed {record['seed']}, {record['test_share']:g} of every class)"
     elif text == "file":
         text += f" (list {record['sha256'][:12]})"
-    return text + ": " + ", ".join(f"{count} {name}" for name, count in record["counts"].items())
+    counts = record["counts"]
+    return text + ": " + ", ".join(f"{counts[name]} {name}" for name in sorted(counts, key=split_order))
 
 
-def _test_of_class(names: list[str], rows: np.ndarray, rule: SplitRule, numbers, label: str) -> np.ndarray:
+def _test_of_class(names: list[str], rows: np.ndarray, rule: SplitRule, numbers) -> np.ndarray:
     """Those of `rows` [n], the recordings of one class, that are the test."""
     count = len(rows)
     if rule.rule == "random":
@@ -143,13 +192,7 @@ def _test_of_class(names: list[str], rows: np.ndarray, rule: SplitRule, numbers,
     if rule.rule == "first90":
         # ceil(0.9 n) in whole numbers
         return rows[np.argsort(index, kind="stable")[-(-9 * count // 10) :]]
-    test = rows[index < TEBN_TEST]
-    if len(test) == count:
-        raise ValueError(
-            f"class {label!r} has {count} recordings; the split 'tebn' takes index 0 to {TEBN_TEST - 1} for the test "
-            "and would leave none for training. Choose random or first90"
-        )
-    return test
+    return rows[index < TEBN_TEST]
 
 
 def _stem(name: str) -> str:

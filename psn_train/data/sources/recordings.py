@@ -17,11 +17,12 @@ from typing import NamedTuple
 import numpy as np
 
 from psn_train.data.events import EventError, Recording, parse_recording
+from psn_train.data.events.checks import OffSensor
 from psn_train.data.events.codec import VERSION, codec_versions, encode_events
 from psn_train.data.events.readers import FORMATS, guess_format
 from psn_train.data.sources.event_splits import SplitRule, divide
 from psn_train.data.sources.folder import SPLIT_FOLDERS
-from psn_train.data.sources.source import Source, split_order
+from psn_train.data.sources.source import Source, named_error, split_order
 from psn_train.data.sources.zip_members import ZipMember, list_members, read_member
 
 SUFFIXES = frozenset((".aedat", ".aedat4", ".bin", ".dat", ".raw", ".npz", ".npy"))
@@ -55,6 +56,7 @@ class Listing:
     format: str | None  # one of FORMATS; None: told by each file
     sensor: tuple[int, int]  # (width, height)
     classes: list[str]
+    sensor_is_given: bool = False  # by the user
     names: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     references: list = field(default_factory=list)
@@ -94,6 +96,7 @@ class RecordingSource(Source):
         names, labels = ([of[row] for row in rows] for of in (listing.names, listing.labels))
         super().__init__(names, labels, listing.classes, sizes, listing.notes)
         self.type, self.format, self.sensor, self.split = listing.type, listing.format, listing.sensor, split
+        self.sensor_is_given = listing.sensor_is_given
         self.references = [listing.references[row] for row in rows]
 
     @property
@@ -110,7 +113,7 @@ class RecordingSource(Source):
         return self.references[index]
 
     def reader(self, scratch: Path, run: Callable) -> RecordingReader:
-        return RecordingReader(self.format, self.sensor)
+        return RecordingReader(self.format, self.sensor, self.sensor_is_given)
 
 
 def events_plan(sensor: tuple[int, int], split: dict, format: str | None) -> dict:
@@ -132,8 +135,8 @@ def coded(recording: Recording, where: str) -> dict:
 class RecordingReader:
     """Place -> {"events": coded, "repairs": {name: count}}. Opens archives in the process that reads."""
 
-    def __init__(self, format: str | None, sensor: tuple[int, int] | None):
-        self.format, self.sensor = format, sensor
+    def __init__(self, format: str | None, sensor: tuple[int, int] | None, sensor_is_given: bool = False):
+        self.format, self.sensor, self.sensor_is_given = format, sensor, sensor_is_given
         self.archives: dict[str, int] = {}
 
     def __getstate__(self) -> dict:
@@ -156,7 +159,13 @@ class RecordingReader:
                 self.archives[path] = os.open(path, os.O_RDONLY)
             data = read_member(self.archives[path], member, path)
         suffix = os.path.splitext(path if member is None else member.name)[1]
-        return parse_recording(data, self.format or guess_format(data, suffix, path), self.sensor, path)
+        try:
+            return parse_recording(data, self.format or guess_format(data, suffix, path), self.sensor, path)
+        except OffSensor as error:
+            if not self.sensor_is_given:
+                raise
+            width, height = self.sensor
+            raise OffSensor(f"{error}. The sensor was given: --sensor {width}x{height}") from error
 
 
 class RecordingList(Source):
@@ -269,6 +278,10 @@ def open_recordings(
     """
     if format is not None and format not in FORMATS:
         raise ValueError(f"format {format!r}; known are {', '.join(FORMATS)}")
+    wanted = "{train,val,test}/<class>/* or <class>/*"
+    # an .npz is a zip, too
+    if src.is_file() and os.path.splitext(src)[1].lower() in SUFFIXES:
+        raise ValueError(f"{src} is one recording; wanted a folder or a zip with a folder for each class: {wanted}")
     found = entries(src)
     # files that are in no folder of a class do not make their folder a split
     tops = {PurePosixPath(entry.name).parts[0] for entry in found if entry.name.count("/") >= 2}
@@ -278,21 +291,26 @@ def open_recordings(
     depth = 1 if splits else 0
     notes = {"not recordings": 0, "in no class": 0}
     rows = []
+    loose = 0
     for entry in found:
         parts = entry.name.split("/")
+        loose += len(parts) == 1 and os.path.splitext(entry.name)[1].lower() in SUFFIXES
         if len(parts) < depth + 2 or (splits and parts[0] not in splits):
             notes["in no class"] += 1
         elif format is None and os.path.splitext(entry.name)[1].lower() not in SUFFIXES:
             notes["not recordings"] += 1
         else:
             rows.append((parts[depth], entry))
+    if not rows and loose:
+        lie = "1 recording lies" if loose == 1 else f"{loose} recordings lie"
+        raise ValueError(f"{lie} in {src} itself, in no class folder; wanted {wanted}, a folder for each class")
     if not rows:
         raise ValueError(
-            f"no recordings found in {src}. Looked for {{train,val,test}}/<class>/* or <class>/* with the suffixes "
+            f"no recordings found in {src}. Looked for {wanted} with the suffixes "
             f"{' '.join(sorted(SUFFIXES))}" + (", or any others, as --format is given" if format else "")
         )
     classes = sorted({name for name, _ in rows})
-    listing = Listing("recordings", format, sensor or (0, 0), classes, notes=notes)
+    listing = Listing("recordings", format, sensor or (0, 0), classes, sensor is not None, notes=notes)
     for name, entry in rows:
         listing.add(entry.name, classes.index(name), entry)
     if splits:
@@ -307,14 +325,23 @@ def _common_sensor(listing: Listing) -> tuple[int, int]:
     reader = RecordingReader(listing.format, None)
     chosen = np.unique(np.linspace(0, len(listing.names) - 1, _PROBES).astype(int))
     sensors: dict[tuple[int, int], str] = {}
+    first_error = None
     for row in chosen:
-        with contextlib.suppress(EventError, OSError):
-            # what cannot be read is reported when it is its turn
-            sensors.setdefault(reader.read(listing.references[row]).sensor, listing.names[row])
+        name = listing.names[row]
+        try:
+            sensors.setdefault(reader.read(listing.references[row]).sensor, name)
+        # what cannot be read is reported when it is its turn
+        except (EventError, OSError) as error:
+            first_error = first_error or named_error(name, error)
     if len(sensors) == 1:
         return next(iter(sensors))
     if not sensors:
-        raise ValueError(f"none of {len(chosen)} recordings can be read to know the sensor; give it: --sensor WxH")
+        format = listing.format
+        doubt = f"is --format {format} right? Else give" if format is not None else "give a --format, or"
+        raise ValueError(
+            f"none of {len(chosen)} recordings can be read to know the sensor. The first: {first_error}. If the files "
+            f"are whole, {doubt} the sensor: --sensor WxH"
+        )
     where = ", ".join(f"{name} is of {_sizes([sensor])}" for sensor, name in sensors.items())
     raise ValueError(f"recordings of several sensors, or of one that is not told by each: {where}. Give --sensor WxH")
 

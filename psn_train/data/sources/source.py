@@ -189,3 +189,12 @@ def _array_to_png(pixels: np.ndarray) -> dict[str, bytes]:
 def split_order(name: str) -> tuple[int, str]:
     order = ("train", "val", "test")
     return (order.index(name) if name in order else len(order), name)
+
+
+def named_error(name: str, error: Exception) -> str:
+    """What is wrong with the sample of that name; a path of it that the message begins with gives way to the name."""
+    text = str(error)
+    path, colon, rest = text.partition(": ")
+    # a data set's own name of a file may be in another case
+    own = colon and path.replace("\\", "/").lower().endswith(name.lower())
+    return f"{name}: {rest if own else text}"
