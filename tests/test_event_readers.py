@@ -288,7 +288,7 @@ def test_the_format_is_guessed_from_content_and_suffix():
     small = random_recording(1, 20, (34, 34))
     dvs128 = encode_aedat2_dvs128(small)
     named = dvs128.replace(b"# Timestamps", b"# AEChip: x.DVS128\r\n# Timestamps")
-    assert guess_format(dvs128, ".aedat") == "dvs128" and guess_format(named, "") == "aedat2"
+    assert guess_format(dvs128, ".aedat") == "dvs128" and guess_format(named, "") == "dvs128"
     assert guess_format(encode_aedat3(small), ".aedat") == "aedat3"
     assert guess_format(b"#!AER-DAT4.0\r\n", "") == "aedat4"
     assert guess_format(encode_bin(small), ".BIN") == "bin"

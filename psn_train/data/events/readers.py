@@ -61,14 +61,16 @@ def parse_recording(data: bytes, format: str, sensor=None, where: str = "recordi
 def guess_format(data: bytes, suffix: str, where: str = "recording") -> str:
     """The format that a file with this beginning and this suffix is in.
 
-    AEDAT 2.0 that names no chip is taken for a DVS128 in CIFAR10-DVS's convention (`dvs128`).
+    AEDAT 2.0 of a DVS128, or of a chip that it does not name, is `dvs128`, CIFAR10-DVS's convention, so that files with
+    and without that line do not lie in two ways in one data set. `aedat2`, upright, must be asked for.
 
     Raises:
         EventError: it is none of FORMATS.
     """
     suffix = suffix.lower()
     if data.startswith(AEDAT2_MAGIC):
-        return "dvs128" if chip_of(data, where) is None else "aedat2"
+        chip = chip_of(data, where)
+        return "dvs128" if chip is None or chip.upper().startswith("DVS128") else "aedat2"
     if data.startswith(AEDAT3_MAGIC):
         return "aedat3"
     if data.startswith(AEDAT4_MAGIC):
