@@ -70,8 +70,8 @@ def test_facts_of_the_dvs128_recordings(name):
 
 @needs_recordings
 def test_aedat2_is_upright_and_dvs128_its_mirror():
-    upright = read_recording(dvs128_file("recording_01")).events
-    mirrored = read_recording(dvs128_file("recording_01"), "dvs128")
+    upright = read_recording(dvs128_file("recording_01"), "aedat2").events
+    mirrored = read_recording(dvs128_file("recording_01"))
     assert_same(mirrored, {"t": upright["t"], "x": upright["y"], "y": upright["x"], "p": upright["p"]})
 
 
