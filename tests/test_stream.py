@@ -13,7 +13,8 @@ import torch
 
 from psn_train.data.index import ShardError, load_index, save_index
 from psn_train.data.reader import SampleReader
-from psn_train.data.stream import EvalStream, TrainStream, check_counts, make_loader
+from psn_train.data.split_checks import check_counts
+from psn_train.data.stream import EvalStream, TrainStream, make_loader
 from psn_train.recipe import check_recipe, make_plan
 
 

@@ -134,22 +134,27 @@ def _recipe(options) -> int:
 
 
 def _train_shards(recipe) -> tuple[int | None, str, str | None]:
-    """How many samples there are, who says so, and how recordings were split."""
-    from psn_train.data.event_index import split_text
-    from psn_train.data.index import ShardError, load_index
+    """How many samples there are, who says so, and how recordings were split.
 
-    try:
-        index = load_index(recipe.data.train)
-    except ShardError as error:
+    Raises:
+        ValueError: `psn train` would refuse the shards that are there.
+    """
+    from psn_train.data.event_index import split_text
+    from psn_train.data.split_checks import load_splits
+
+    absent: dict = {}
+    indices = load_splits(recipe, absent=absent)
+    recordings = split_text(indices.get("train"), indices.get("test"))
+    if "train" in absent:
         if recipe.data.train_samples is None:
-            return None, f"unknown: {error}", None
-        return recipe.data.train_samples, "the recipe's data.train_samples; the shards are not there", None
-    try:
-        test = load_index(recipe.data.test) if recipe.data.test is not None else None
-    except ShardError:
-        test = None
-    source = f"{recipe.data.train}, {len(index.shards)} shards, {len(index.classes)} classes"
-    return index.num_samples, source, split_text(index, test)
+            return None, f"unknown: {absent['train']}", recordings
+        return recipe.data.train_samples, "the recipe's data.train_samples; the shards are not there", recordings
+    index = indices["train"]
+    return (
+        index.num_samples,
+        f"{recipe.data.train}, {len(index.shards)} shards, {len(index.classes)} classes",
+        recordings,
+    )
 
 
 def _doctor(options) -> int:

@@ -26,6 +26,10 @@ class ShardError(ValueError):
     """Shards or their index are missing, broken or not what was asked for."""
 
 
+class NoShards(ShardError):
+    """No index can be read there at all."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One `.tar` file.
@@ -104,7 +108,8 @@ def load_index(where: str | os.PathLike) -> ShardIndex:
         where: the folder, its `index.json`, or the URL of either (http, https or any scheme of webdataset's `gopen`).
 
     Raises:
-        ShardError: there is none, or it is not an index of this format, or its numbers contradict each other.
+        NoShards: there is none.
+        ShardError: it is not an index of this format, or its numbers contradict each other.
     """
     where = os.fspath(where)
     url = where if where.endswith(".json") else where.rstrip("/") + "/" + INDEX_NAME
@@ -117,7 +122,7 @@ def load_index(where: str | os.PathLike) -> ShardIndex:
         else:
             text = Path(url).read_bytes()
     except (OSError, ValueError) as error:
-        raise ShardError(
+        raise NoShards(
             f"no shards at {where}: {url} cannot be read ({error}). "
             "Write shards with `psn shards images SRC OUT`, or index those that have none with "
             "`psn shards index SHARDS --to DIR`."
