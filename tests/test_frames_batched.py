@@ -265,7 +265,7 @@ def test_resize_leaves_what_fits():
 def test_a_batch_of_too_many_frames_is_refused_before_memory_is_asked_for(monkeypatch):
     recording = Recording(make_events([0, 60_000], [0, 1], [0, 1], [0, 1]), (320, 240))
     packed = PackedEvents.pack([recording] * 3, with_time=True)
-    # on a CPU half of its memory is the bound, if that is less: 4,096,000 bytes, 3 frames of one recording are 1,843,200
+    # on a CPU half of its memory is the bound, if that is less
     monkeypatch.setattr(batched.os, "sysconf", {"SC_PHYS_PAGES": 2000, "SC_PAGE_SIZE": 4096}.get)
     assert integrate_packed_duration(packed, 20_000, 2)[0].shape == (2, 3, 2, 240, 320)
     monkeypatch.setattr(batched, "_count", lambda *_: pytest.fail("memory was asked for"))

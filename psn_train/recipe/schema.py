@@ -112,7 +112,7 @@ class Augment(Section):
     pad: Annotated[int, Field(ge=0)] = 4
     """Pixels of padding of `crop: pad`."""
     hflip: Fraction = 0.5
-    """Probability of a horizontal flip."""
+    """Probability of a horizontal flip. With a section `events` it has to be stated."""
     vflip: Fraction = 0.0
     """Probability of a vertical flip."""
     color_jitter: NonNegative = 0.0
