@@ -11,6 +11,7 @@ the micro-batch (training) or by an image of zeros, a recording without events, 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -200,6 +201,8 @@ def make_loader(
     Args:
         keep_workers: the processes outlive an iteration, for a loader that is gone through again and again.
     """
+    # said at each start of more processes than cores, which do no harm
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     return DataLoader(
         stream,
         batch_size=None,

@@ -41,7 +41,8 @@ class Model(Section):
     args: dict[str, Scalar] = {}
     """Further arguments of the architecture, such as `stem`, `stem_pool`, `pe`, `width`."""
     init_from: str | None = None
-    """ANN weights to start from: `timm:NAME`, `torchvision:NAME` or a file."""
+    """Weights to start from, of an ANN or of such a network: `timm:NAME`, `torchvision:NAME`, a file, or a folder that
+    `psn publish` wrote."""
     sync_bn: bool = False
     """Batch norm statistics over the batches of all ranks."""
     grad_checkpointing: bool = False

@@ -14,6 +14,7 @@ from psn_train.data.event_index import split_text
 from psn_train.data.order import held_out_ids
 from psn_train.data.reader import SampleReader
 from psn_train.data.split_checks import load_splits
+from psn_train.models.conv_net import SequentialNet
 from psn_train.recipe import Recipe, held_out_samples
 from psn_train.training.checkpoint import read_weights
 
@@ -64,7 +65,8 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
         num_classes: of the shards; `model.num_classes` goes before it.
 
     Raises:
-        ValueError: unknown to timm, not one of this package's, or an argument it does not take.
+        ValueError: unknown to timm, not one of this package's, an argument it does not take, or made for images of
+            another size.
     """
     import timm
 
@@ -88,9 +90,25 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
         model = timm.create_model(section.name, num_classes=section.num_classes or num_classes, **arguments)
     except TypeError as error:
         raise ValueError(f"model: {section.name} does not take that: {error}") from error
+    check_image_size(model, recipe)
     if section.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
+
+
+def check_image_size(model: nn.Module, recipe: Recipe) -> None:
+    """Raises ValueError where the network is of images of another size than `data.image_size`."""
+    side, given, name = getattr(model, "side", None), recipe.data.image_size, recipe.model.name
+    if side is not None and side != given:
+        raise ValueError(
+            f"data.image_size: got {given}, and {name} is made for images of {side} x {side} pixels; set "
+            f"model.args.img_size: {given}, or data.image_size: {side}"
+        )
+    if isinstance(model, SequentialNet) and given != model.T:
+        raise ValueError(
+            f"model.T: got {model.T}, and {name} takes each of the {given} columns of an image for a time-step; set "
+            f"model.T: {given}, or data.image_size and model.args.img_size: {model.T}"
+        )
 
 
 def load_network(recipe: Recipe, path: Path, num_classes: int, weights: str = "auto") -> tuple[nn.Module, str]:
