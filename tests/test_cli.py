@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,66 @@ def test_eval_of_a_run_and_of_its_published_folder_agree(run_folder, published, 
     assert status == 0 and json.loads(out) == of_run
     status, out, _ = psn("eval", run_folder / "checkpoints" / "step_00000008", *where[:-1])
     assert status == 0 and "50 samples: top-1" in out and "sn1" in out
+
+
+def test_eval_and_publish_say_what_they_took(run_folder, published, digit_shards, tmp_path, psn):
+    results = json.loads((run_folder / "results.json").read_text())
+    best = f"step_{results['best']['step']:08d}"
+    # the best may be the last
+    taken = f"best {'and last ' * (best == 'step_00000008')}checkpoint, {best} (step {results['best']['step']}, epoch "
+    val = ["--shards", digit_shards / "val", "--workers", 0]
+    _, out, _ = psn("eval", run_folder, *val)
+    assert f"evaluated: the {taken}" in out and "), weights: model\n" in out and "note:" not in out
+    _, out, _ = psn("eval", run_folder, *val, "--which", "last")
+    assert "last checkpoint, step_00000008 (step 8, epoch 2), weights: model\n" in out
+    _, out, _ = psn("eval", published, *val)
+    assert f"evaluated: {published}, published from step {results['best']['step']}, epoch " in out
+    _, out, _ = psn("publish", run_folder, "--to-folder", tmp_path / "out")
+    assert out.startswith(f"published: the {taken}") and "weights: model\n" in out
+    train = ["--shards", digit_shards / "train", "--workers", 0]
+    for checkpoint in (run_folder, published):
+        _, out, _ = psn("eval", checkpoint, *train)
+        assert out.endswith("note: the run trained on these very shards; its figures say nothing of other samples\n")
+    assert json.loads(psn("eval", run_folder, *train, "--json")[1])["training_shards"] is True
+    assert json.loads(psn("eval", run_folder, *val, "--json")[1])["training_shards"] is False
+
+
+def test_a_run_starts_from_a_published_folder(published, digit_shards, tmp_path, psn):
+    changes = {"schedule": {"epochs": None, "steps": 1}, "model": {"init_from": str(published)}}
+    document = merged(small_document(digit_shards, tmp_path / "run"), changes)
+    status, out, _ = psn("train", write_recipe(tmp_path / "next.yaml", document))
+    assert status == 0 and re.search(rf"weights from {published}: \d+ matched, 0 adapted, 0 left, 0 missing", out)
+    path = tmp_path / "next.yaml"
+    err = mistake_of_start(psn, path, tmp_path / "a", f"model.init_from={digit_shards}")
+    assert "is a folder and not in timm's format" in err and "psn publish RUN --to-folder DIR" in err
+    err = mistake_of_start(psn, path, tmp_path / "b", "model.args.width=16")
+    assert "nothing was loaded" in err and err.endswith("; in Python, load_ann's `allow` names what may differ\n")
+
+
+def mistake_of_start(psn, recipe: Path, run: Path, override: str) -> str:
+    status, _, err = psn("train", recipe, f"run_dir={run}", override)
+    assert status == 2
+    return err
+
+
+def test_warnings_of_this_package_are_sentences(psn, monkeypatch, capsys):
+    from psn_train.cli import runs
+    from psn_train.neurons import MaskedPSN
+
+    def warned(_):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            MaskedPSN(T=2, k=1, lambda_=0.5).eval()(torch.zeros(2, 1))
+            warnings.warn_explicit("of another", UserWarning, "/elsewhere/file.py", 7)
+
+    monkeypatch.setattr(runs, "_doctor", warned)
+    monkeypatch.setattr(warnings, "showwarning", lambda *words, **_: print(warnings.formatwarning(*words[:4]), end=""))
+    before = warnings.formatwarning
+    status, out, _ = psn("doctor")
+    own, other = out.splitlines()
+    assert own.startswith("psn: warning: MaskedPSN") and own.endswith("call set_lambda(model, 1.0).")
+    assert other == "/elsewhere/file.py:7: UserWarning: of another"
+    assert status == 0 and warnings.formatwarning is before
 
 
 _FRESH_PROCESS = """

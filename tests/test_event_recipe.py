@@ -1,6 +1,7 @@
 """The section `events` of a recipe: what goes with it, what does not and what to do then; what `psn recipe` shows."""
 
 import pytest
+import yaml
 from conftest import merged
 
 from psn_train.recipe import RecipeError, check_recipe, load_recipe, packaged_recipes, recipe_hash, recipe_path
@@ -11,7 +12,7 @@ EVENTS = {
     "name": "events",
     "model": {"name": "vgg_snn_psn", "T": 4, "in_chans": 2},
     "data": {"train": "t", "val": "v", "global_batch_size": 8, "image_size": 48},
-    "augment": {"crop": "pad"},
+    "augment": {"crop": "pad", "hflip": 0.0},
     "events": {"split": "tebn"},
     "optim": {"lr": 0.1},
     "schedule": {"epochs": 2},
@@ -52,8 +53,9 @@ def test_what_goes_together_is_accepted(changes):
         ({"events": None}, "model.in_chans: got 2, which is of recordings alone"),
         ({"model": {"in_chans": 3}}, "model.in_chans: got 3; frames of events have 2 channels"),
         ({"model": {"in_chans": 1}}, "(1 is of events.frames: voxel alone); set it to 2"),
-        ({"model": {"in_chans": 3}, "events": {"frames": "voxel"}}, "or 1, voxels with signs; set it to 2"),
+        ({"model": {"in_chans": 3}, "events": {"frames": "voxel"}}, "voxels may have 1, with signs; set it to 2 or 1"),
         ({"model": {"name": "sequential_net_psn"}}, "model.name: sequential_net_psn takes the columns of an image"),
+        ({"augment": {"hflip": 2}}, "augment.hflip: got 2; "),
         ({"augment": {"crop": "random_resized"}}, "augment.crop: got random_resized; frames of events are cropped by"),
         ({"augment": {"color_jitter": 0.4}}, "augment.color_jitter: got 0.4; counts of events have no colour"),
         (
@@ -85,6 +87,27 @@ def test_what_goes_together_is_accepted(changes):
 def test_what_does_not_is_refused_in_one_sentence_each(changes, complaint):
     text = problems(**changes)
     assert text.startswith("1 problem in the recipe:") and complaint in text, text
+
+
+def test_a_horizontal_flip_is_stated(tmp_path):
+    """It has no default that suits digits and gestures as well as photographs; a parent or an override may state it."""
+    says = "augment.hflip: missing; recordings have no default, state it: 0.0 where left and right differ"
+    for augment in ({"crop": "pad"}, {"crop": "none", "vflip": 0.5}):
+        with pytest.raises(RecipeError) as caught:
+            check_recipe({**EVENTS, "augment": augment})
+        assert str(caught.value).startswith("1 problem in the recipe:") and says in str(caught.value)
+    parent, child = tmp_path / "parent.yaml", tmp_path / "child.yaml"
+    parent.write_text(yaml.safe_dump({**EVENTS, "augment": {"crop": "pad"}}))
+    child.write_text("base: parent.yaml\naugment:\n  hflip: 0.5\n")
+    assert load_recipe(child).augment.hflip == 0.5
+    assert load_recipe(parent, ["augment.hflip=0"]).augment.hflip == 0.0
+    with pytest.raises(RecipeError, match="1 problem in the recipe"):
+        load_recipe(parent)
+    # a run's recipe.json states everything
+    check_recipe(load_recipe(child).resolved())
+    # images keep their default
+    images = {"model": {"name": "sew_resnet18_psn"}, "augment": {"crop": "pad"}, "events": None}
+    assert check_recipe({**EVENTS, **images}).augment.hflip == 0.5
 
 
 def test_every_problem_is_told_at_once():

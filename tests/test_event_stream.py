@@ -1,15 +1,21 @@
 """The stream on recordings: the same at any world size, evaluation exactly once, bad ones named, kinds told apart."""
 
+import io
 import multiprocessing
 import random
 import re
 import shutil
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from conftest import merged
 from event_data import CLASSES, DURATION, SENSOR, moving_dot, say, write_recordings
 
+from psn_train.cli import main
 from psn_train.data.event_index import split_text
 from psn_train.data.events import Recording, make_events
 from psn_train.data.events.codec import decode_events
@@ -206,8 +212,15 @@ def test_recordings_of_another_sensor_and_samples_without_one_are_bad(small_even
 
 
 def refused(document: dict) -> str:
+    """What both the trainer and `psn recipe` say, and nothing before it."""
+    recipe = check_recipe(document)
     with pytest.raises(ShardError) as caught:
-        open_splits(check_recipe(document))
+        open_splits(recipe)
+    path = Path(document["run_dir"]).parent / "refused.yaml"
+    path.write_text(yaml.safe_dump(document))
+    with redirect_stderr(io.StringIO()) as err, redirect_stdout(io.StringIO()) as out:
+        assert main(["recipe", str(path)]) == 2
+    assert (out.getvalue(), err.getvalue()) == ("", f"psn: {caught.value}\n")
     return str(caught.value)
 
 
@@ -264,6 +277,24 @@ def test_splits_are_of_one_sensor_that_the_index_names(small_events, copied):
     assert "sensors of different sizes: data.train 20 x 16; data.val 16 x 20" in text
     say(copied / "test", sensor=None)
     assert "its index says nothing of the sensor" in refused(small_events(data=data))
+
+
+def test_a_recipe_is_shown_where_shards_are_absent_and_those_that_are_there_are_checked(small_events, copied, capsys):
+    data = {"train": str(copied / "train"), "val": None, "test": str(copied / "none")}
+    path = copied / "recipe.yaml"
+    path.write_text(yaml.safe_dump(small_events(data=data)))
+    assert main(["recipe", str(path)]) == 0
+    assert "recordings: split given (60 / 24)" in capsys.readouterr().out
+    document = small_events(data={"train": str(copied / "none"), "val": str(copied / "test")})
+    path.write_text(yaml.safe_dump(document))
+    assert main(["recipe", str(path)]) == 0
+    assert "training shards: unknown samples (unknown: no shards at" in capsys.readouterr().out
+    path.write_text(yaml.safe_dump(merged(document, {"data": {"val_samples": 23}})))
+    assert main(["recipe", str(path)]) == 2
+    assert "24 samples, the recipe's data.val_samples wants 23" in capsys.readouterr().err
+    # an index that is there and broken is no absent one
+    (copied / "test" / "index.json").write_text("{")
+    assert main(["recipe", str(path)]) == 2
 
 
 def test_the_split_in_words(dot_shards, digit_shards, copied):

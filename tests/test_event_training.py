@@ -1,6 +1,7 @@
 """Whole small runs on recordings: every part of a recipe, accumulation, publishing, converted folders, reports."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -294,3 +295,9 @@ def test_psn_recipe_reads_the_split_from_the_index(small_events, dot_shards, tmp
     path.write_text(json.dumps(document))
     assert main(["recipe", str(path)]) == 0
     assert "recordings: split given (60 / 24)\n" in capsys.readouterr().out
+
+
+def test_a_run_of_recordings_counts_recordings(small_events, capsys):
+    assert train_here(small_events(schedule={"epochs": 1, "stop_after_steps": 4})) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"\d rec/s  lr", printed) and "img/s" not in printed

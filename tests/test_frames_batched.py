@@ -260,3 +260,22 @@ def test_resize_leaves_what_fits():
     assert resize_frames(frames, 48) is frames
     with pytest.raises(ValueError, match="interpolation = 'lanczos'"):
         resize_frames(frames, 32, interpolation="lanczos")
+
+
+def test_a_batch_of_too_many_frames_is_refused_before_memory_is_asked_for(monkeypatch):
+    recording = Recording(make_events([0, 60_000], [0, 1], [0, 1], [0, 1]), (320, 240))
+    packed = PackedEvents.pack([recording] * 3, with_time=True)
+    # on a CPU half of its memory is the bound, if that is less
+    monkeypatch.setattr(batched.os, "sysconf", {"SC_PHYS_PAGES": 2000, "SC_PAGE_SIZE": 4096}.get)
+    assert integrate_packed_duration(packed, 20_000, 2)[0].shape == (2, 3, 2, 240, 320)
+    monkeypatch.setattr(batched, "_count", lambda *_: pytest.fail("memory was asked for"))
+    with pytest.raises(ValueError, match=r"5,529,600 bytes .* at most 4,096,000 are taken, half of this machine's"):
+        integrate_packed_duration(packed, 20_000, 3)
+    monkeypatch.setattr(batched.os, "sysconf", lambda _: 2**20)
+    says = (
+        r"duration_us = 1 makes 60,000 frames of the longest of 3 .* 110,592,000,000 bytes .* a max_steps, or smaller"
+    )
+    with pytest.raises(ValueError, match=says):
+        integrate_packed_duration(packed, 1)
+    with pytest.raises(ValueError, match=r"at most 8,589,934,592 are taken; .* a smaller max_steps than 50,000, or"):
+        integrate_packed_duration(packed, 1, 50_000)

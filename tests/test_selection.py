@@ -20,7 +20,7 @@ from psn_train.training.runtime import EXIT_STOPPED
 
 
 def last_line(printed: str) -> str:
-    return [line for line in printed.splitlines() if "is complete" in line][-1]
+    return [line for line in printed.splitlines() if "is complete" in line or " stopped at " in line][-1]
 
 
 @pytest.fixture
@@ -161,9 +161,9 @@ def test_a_run_that_ends_early_leaves_the_test_set_alone(splitting, tests_seen, 
     assert train_here(document) == 0
     results = results_of(document)
     assert tests_seen["val"] == [] and results["test"] is None and results["best"] is not None
-    assert "the test set was not touched: schedule.stop_after_steps ended the run after 6 of 15" in (
-        last_line(capsys.readouterr().out)
-    )
+    said = last_line(capsys.readouterr().out)
+    assert "stopped at step 6 of 15 by schedule.stop_after_steps, " in said
+    assert said.endswith("; the test set was not touched")
     # the rest of it, to the end
     assert train_here(splitting()) == 0
     assert tests_seen["val"] and results_of(document)["test"]["last"]["step"] == 15

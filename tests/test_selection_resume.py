@@ -215,7 +215,9 @@ def test_a_run_that_was_cut_and_continued_reports_what_an_uninterrupted_one_does
     assert results["last"]["step"] == cut and (results["best"] or {}).get("step") != cut
     if evaluations == 1:
         assert results["best"] is best_of(parts) is None
-        assert f"nothing is selected yet: schedule.stop_after_steps ended the run after {cut} steps" in printed
+        (line,) = [line for line in printed.splitlines() if "schedule.stop_after_steps" in line]
+        assert f"stopped at step {cut} of " in line and line.count("stop") == 2 and "complete" not in printed
+        assert "; nothing is selected yet" in line
     assert train_here(splitting("parts", **changes)) == 0
     assert json.dumps(timeless(parts)) == json.dumps(timeless(whole))
     assert best_of(parts) == best_of(whole)

@@ -4,6 +4,7 @@ import functools
 import http.server
 import itertools
 import json
+import os
 import shutil
 import threading
 
@@ -13,7 +14,8 @@ import torch
 
 from psn_train.data.index import ShardError, load_index, save_index
 from psn_train.data.reader import SampleReader
-from psn_train.data.stream import EvalStream, TrainStream, check_counts, make_loader
+from psn_train.data.split_checks import check_counts
+from psn_train.data.stream import EvalStream, TrainStream, make_loader
 from psn_train.recipe import check_recipe, make_plan
 
 
@@ -179,6 +181,13 @@ def test_truncated_and_missing_shards_say_so(streams, digit_shards, tmp_path):
     (folder / index.shards[2].name).unlink()
     with pytest.raises(ShardError, match="cannot be opened"):
         reader.read(int(reader.first_ids[2]))
+
+
+def test_more_processes_than_cores_start_in_silence(small, digit_shards, recwarn):
+    recipe = check_recipe(small())
+    stream = EvalStream(recipe, SampleReader(load_index(digit_shards / "val")), 25, 0, 1)
+    make_loader(stream, start=0, stop=1, workers=(os.cpu_count() or 1) + 1, pin_memory=False)
+    assert not [warning for warning in recwarn if "DataLoader will create" in str(warning.message)]
 
 
 def test_counts_are_held_against_the_recipe(digit_shards, tmp_path):

@@ -1,6 +1,8 @@
 """Whole runs on real digits: every part of a recipe trains, errors stop in time, logs tell the truth."""
 
 import json
+import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,53 @@ def test_loss_that_is_not_finite_stops_before_the_update(small, monkeypatch):
     assert all(torch.equal(after[k], v) for k, v in before.items() if "num_batches" not in k)
     names = str(caught.value).split("in that step: ")[1].split(". ")[0].split(", ")
     assert len(names) == 24 and all(names)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore"),
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_ends_in_what_to_change(small, small_events, monkeypatch, error):
+    from event_data import DURATION
+
+    from psn_train.training import step
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(step.Updater, "run", fails)
+    with pytest.raises(ValueError, match=r"a batch of 24 samples on a device, T = 2 steps and data\.image_size = 16"):
+        train_here(small("images"))
+    says = r"a batch of 12 .* events\.duration_us = 5000 and .*, a longer events\.duration_us"
+    with pytest.raises(ValueError, match=says) as caught:
+        train_here(small_events("recordings", **DURATION))
+    assert "more" not in str(caught.value).split("The allocator says: ")[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "side", "says"),
+    [
+        ({"name": "vgg_snn_psn"}, 34, "data.image_size: got 34, and vgg_snn_psn is made for images of 48 x 48 pixels;"),
+        ({"name": "cifar_net_psn"}, 28, "set model.args.img_size: 28, or data.image_size: 32"),
+        ({"name": "sequential_net_psn", "T": 28}, 32, "model.T: got 28, and sequential_net_psn takes each of the 32"),
+        ({"name": "vgg_snn_psn", "args": {"img_size": 34}}, 34, None),
+        ({"name": "sequential_net_psn", "T": 28, "args": {"img_size": 28}}, 28, None),
+        ({"name": "sew_resnet10_psn"}, 34, None),
+    ],
+)
+def test_images_of_another_size_are_refused_before_the_start(small, model, side, says):
+    from psn_train.training.build import build_model
+
+    document = small(data={"image_size": side})
+    document["model"] = {"in_chans": 1, **model}
+    recipe = check_recipe(document)
+    expected = pytest.raises(ValueError, match=re.escape(says)) if says is not None else nullcontext()
+    with expected:
+        build_model(recipe, 10)
 
 
 def test_another_recipe_in_the_same_folder_is_refused(small):

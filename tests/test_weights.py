@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_loaded(file, kwargs, message)
     with pytest.raises(ValueError) as error:
         load_ann(model, file)
     assert message in str(error.value) and "nothing was loaded" in str(error.value)
-    assert "or name what may differ in `allow`" in str(error.value)
+    assert "in Python, load_ann's `allow` names what may differ" in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

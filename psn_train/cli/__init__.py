@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
+from pathlib import Path
 
 import psn_train
 from psn_train.cli import measure, runs, shards, view, weights
@@ -20,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:
         options.overrides += overrides
+    shown, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         return options.run(options) or 0
     except KeyboardInterrupt:
@@ -32,6 +35,15 @@ def main(arguments: list[str] | None = None) -> int:
         where = f"[rank {rank}] " if rank not in (None, "0") else ""
         print(f"{where}psn: {error}", file=sys.stderr)
         return 2
+    finally:
+        warnings.formatwarning = shown
+
+
+def _warning(message, category, filename, lineno, line=None) -> str:
+    """A warning of this package is a sentence to the user; of others also where it comes from."""
+    if Path(filename).is_relative_to(Path(psn_train.__file__).parent):
+        return f"psn: warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -68,13 +68,13 @@ def _eval(options) -> int:
 
     from psn_train.data.event_index import split_of, split_text
     from psn_train.data.index import load_index
-    from psn_train.publish.hub import evaluate_folder
+    from psn_train.publish.hub import evaluate_folder, trained_on, weights_text
 
     index = load_index(options.shards)
     split = split_of(index)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("evaluating", total=index.num_samples)
-        result, recipe, _ = evaluate_folder(
+        result, recipe, meta = evaluate_folder(
             options.checkpoint,
             options.shards,
             prefer=options.which,
@@ -84,6 +84,7 @@ def _eval(options) -> int:
             device=options.device,
             on_batch=lambda count: progress.advance(task, count),
         )
+    note = trained_on(index, meta)
     if options.json:
         print(
             json.dumps(
@@ -95,6 +96,9 @@ def _eval(options) -> int:
                     "firing_rate": result.firing_rate,
                     "firing": result.firing,
                     "unreadable": result.bad,
+                    "weights": meta.get("psn_train", meta).get("weights"),
+                    "step": meta.get("psn_train", meta).get("step"),
+                    "training_shards": note is not None,
                     **({"split": {**split, "part": index.split}} if split is not None else {}),
                 }
             )
@@ -104,11 +108,14 @@ def _eval(options) -> int:
     for layer, figures in result.firing.items():
         table.add_row(layer, *(f"{figures[key]:.4f}" for key in ("rate", "dead", "saturated")))
     Console().print(table)
+    print(f"evaluated: {weights_text(options.checkpoint, meta, options.which)}")
     of_split = f" of {index.split}, {split_text(index)}" if split is not None else ""
     print(
         f"{result.count} samples{of_split}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} %, "
         f"loss {result.loss:.4f}"
     )
+    if note is not None:
+        print(f"note: {note}")
     return 0
 
 
@@ -134,22 +141,27 @@ def _recipe(options) -> int:
 
 
 def _train_shards(recipe) -> tuple[int | None, str, str | None]:
-    """How many samples there are, who says so, and how recordings were split."""
-    from psn_train.data.event_index import split_text
-    from psn_train.data.index import ShardError, load_index
+    """How many samples there are, who says so, and how recordings were split.
 
-    try:
-        index = load_index(recipe.data.train)
-    except ShardError as error:
+    Raises:
+        ValueError: `psn train` would refuse the shards that are there.
+    """
+    from psn_train.data.event_index import split_text
+    from psn_train.data.split_checks import load_splits
+
+    absent: dict = {}
+    indices = load_splits(recipe, absent=absent)
+    recordings = split_text(indices.get("train"), indices.get("test"))
+    if "train" in absent:
         if recipe.data.train_samples is None:
-            return None, f"unknown: {error}", None
-        return recipe.data.train_samples, "the recipe's data.train_samples; the shards are not there", None
-    try:
-        test = load_index(recipe.data.test) if recipe.data.test is not None else None
-    except ShardError:
-        test = None
-    source = f"{recipe.data.train}, {len(index.shards)} shards, {len(index.classes)} classes"
-    return index.num_samples, source, split_text(index, test)
+            return None, f"unknown: {absent['train']}", recordings
+        return recipe.data.train_samples, "the recipe's data.train_samples; the shards are not there", recordings
+    index = indices["train"]
+    return (
+        index.num_samples,
+        f"{recipe.data.train}, {len(index.shards)} shards, {len(index.classes)} classes",
+        recordings,
+    )
 
 
 def _doctor(options) -> int:
@@ -161,6 +173,9 @@ def _doctor(options) -> int:
 def _publish(options) -> int:
     from psn_train.publish.hub import write_timm_folder
 
-    out = write_timm_folder(options.checkpoint, options.to_folder, prefer=options.which)
+    def say(text: str) -> None:
+        print(f"published: {text}")
+
+    out = write_timm_folder(options.checkpoint, options.to_folder, prefer=options.which, say=say)
     print(f'{out}: import psn_train; timm.create_model("local-dir:{out}", pretrained=True)')
     return 0

@@ -27,6 +27,10 @@ class ShardError(ValueError):
     """Shards or their index are missing, broken or not what was asked for."""
 
 
+class NoShards(ShardError):
+    """No index can be read there at all."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """One `.tar` file.
@@ -121,7 +125,8 @@ def load_index(where: str | os.PathLike) -> ShardIndex:
         where: the folder, its `index.json`, or the URL of either (http, https or any scheme of webdataset's `gopen`).
 
     Raises:
-        ShardError: there is none, or it is not an index of this format, or its numbers contradict each other.
+        NoShards: there is none.
+        ShardError: it is not an index of this format, or its numbers contradict each other.
     """
     where = os.fspath(where)
     url = where if where.endswith(".json") else where.rstrip("/") + "/" + INDEX_NAME
@@ -134,7 +139,7 @@ def load_index(where: str | os.PathLike) -> ShardIndex:
         else:
             text = Path(url).read_bytes()
     except (OSError, ValueError) as error:
-        raise ShardError(f"no shards at {where}: {url} cannot be read ({error}). {_advice(where)}") from error
+        raise NoShards(f"no shards at {where}: {url} cannot be read ({error}). {_advice(where)}") from error
     try:
         document = json.loads(text)
         if document.get("format") != FORMAT:

@@ -11,6 +11,7 @@ the micro-batch (training) or by an image of zeros, a recording without events, 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +28,7 @@ from psn_train.data.images import (
     seeded,
     train_transform,
 )
-from psn_train.data.index import ShardError, ShardIndex
+from psn_train.data.index import ShardError
 from psn_train.data.memory import keep_freed_memory
 from psn_train.data.order import stream_positions
 from psn_train.data.reader import SampleReader
@@ -201,6 +202,8 @@ def make_loader(
     Args:
         keep_workers: the processes outlive an iteration, for a loader that is gone through again and again.
     """
+    # said at each start of more processes than cores, which do no harm
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     return DataLoader(
         stream,
         batch_size=None,
@@ -213,18 +216,3 @@ def make_loader(
         # else every start of a loader would draw from the global generator, and a resumed run would go on otherwise
         generator=torch.Generator(),
     )
-
-
-def check_counts(index: ShardIndex, wanted: int | None, key: str) -> None:
-    """Hold the index against what the recipe says.
-
-    Raises:
-        ShardError: another number of samples, or none.
-    """
-    if index.num_samples == 0:
-        raise ShardError(f"{index.location}: the shards hold no samples")
-    if wanted is not None and index.num_samples != wanted:
-        raise ShardError(
-            f"{index.location}: {index.num_samples} samples, the recipe's {key} wants {wanted}. "
-            f"Check the shards with `psn shards verify`, or correct {key}."
-        )

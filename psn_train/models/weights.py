@@ -20,6 +20,9 @@ from psn_train.models.neuron_layouts import Entry
 from psn_train.models.weight_files import WeightFile, matches, read_weight_file
 from psn_train.neurons import spiking_neurons
 
+# the end of a complaint, which another caller than Python's has in words of its own
+MAY_DIFFER = "in Python, load_ann's `allow` names what may differ"
+
 
 @dataclass
 class Account:
@@ -93,7 +96,8 @@ def load_ann(model: nn.Module, source: str | Path, allow: Iterable[str] = ()) ->
     """Load the weights of an ANN of the same architecture, or of the same spiking network, in place.
 
     source: "timm:resnet18.tv_in1k", "torchvision:resnet18" (its IMAGENET1K_V1 weights, the paper's; another set as
-    "torchvision:resnet50.IMAGENET1K_V2"), or a file (.safetensors, or what torch.load reads).
+    "torchvision:resnet50.IMAGENET1K_V2"), a file (.safetensors, or what torch.load reads), or a folder in timm's
+    format, as `psn publish` writes it.
     allow: patterns (fnmatch) of names that may be left, missing or of another shape; such tensors are not loaded. Also
         of tensors that lie beside the weights, such as "model_ema.*"; training state beside them is left unasked.
 
@@ -106,8 +110,8 @@ def load_ann(model: nn.Module, source: str | Path, allow: Iterable[str] = ()) ->
         beside = file.beside(allow)
     except ValueError as error:
         raise ValueError(
-            f"load_ann: {source} {error}; nothing was loaded. Name them in `allow`, or write the weights that you mean "
-            "alone to a file and take that"
+            f"load_ann: {source} {error}; nothing was loaded. Write the weights that you mean alone to a file and take "
+            "that, or, in Python, name these in load_ann's `allow`"
         ) from error
     account = _load_ann(model, file.tensors, str(source), allow)
     account.left |= beside
@@ -265,8 +269,8 @@ def load_tensors(
     if wrong:
         raise ValueError(
             f"load_ann: {source} does not fit {type(model).__name__}; nothing was loaded. {len(account.matched)} "
-            f"tensors match, these do not:\n  {_shown(wrong)}\nTake weights of the same depth and stem, or name "
-            "what may differ in `allow`"
+            f"tensors match, these do not:\n  {_shown(wrong)}\nTake weights of the same depth and stem; "
+            f"{MAY_DIFFER}"
         )
     model.load_state_dict({**own, **loaded})
     return account
@@ -309,6 +313,14 @@ def _read_torchvision(name: str) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> WeightFile:
+    if path.is_dir():
+        inside = path / "model.safetensors"
+        if not (path / "config.json").is_file() or not inside.is_file():
+            raise ValueError(
+                f"load_ann: {path} is a folder and not in timm's format, with config.json and model.safetensors; name "
+                "a file of weights, or write a run's checkpoint as such a folder with `psn publish RUN --to-folder DIR`"
+            )
+        path = inside
     try:
         return read_weight_file(path)
     except ValueError as error:

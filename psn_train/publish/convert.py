@@ -17,7 +17,7 @@ from torch import nn
 
 from psn_train.models.layouts import Layout, recognise
 from psn_train.models.weight_files import WeightFile, matches, read_weight_file
-from psn_train.models.weights import Account, load_layout, load_tensors, read_source
+from psn_train.models.weights import MAY_DIFFER, Account, load_layout, load_tensors, read_source
 
 TARGETS = ("timm", "spikingjelly")
 # CIFAR-100 as the authors normalise it; the networks' own configuration is that of CIFAR-10
@@ -109,7 +109,7 @@ def _build(
         try:
             account = load_tensors(model, used, name, ignore, strict=True)
         except ValueError as error:
-            raise ValueError(str(error).replace("`allow`", "--ignore PATTERN")) from error
+            raise ValueError(str(error).replace(MAY_DIFFER, "or name what may differ with --ignore PATTERN")) from error
         account.left |= dict.fromkeys((key for key in file.tensors if key not in used), "ignored, as asked")
     else:
         account = load_layout(model, layout, file.tensors, name, ignore)

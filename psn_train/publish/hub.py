@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from psn_train.data.event_index import check_kind, check_one_split
-from psn_train.data.index import load_index
+from psn_train.data.index import ShardIndex, load_index
 from psn_train.neurons import get_lambda
 from psn_train.recipe import Recipe
 from psn_train.training.build import load_network
-from psn_train.training.checkpoint import CheckpointError, find_checkpoint, read_meta
+from psn_train.training.checkpoint import CheckpointError, find_checkpoint, last_checkpoint, read_best, read_meta
 from psn_train.training.results import results_of_checkpoint, weights_of
 
 
@@ -88,6 +88,43 @@ def load_timm_folder(where: str | os.PathLike) -> tuple[nn.Module, Recipe, dict]
     return model, Recipe.model_validate(document), config
 
 
+def weights_text(where: str | os.PathLike, meta: dict, prefer: str) -> str:
+    """Which weights were loaded, "the best checkpoint, step_00000008 (step 8, epoch 2), weights: ema".
+
+    Args:
+        meta: as `load_any` gives it.
+        prefer: as it was asked for.
+    """
+    own = meta.get("psn_train", meta)
+    if "step" not in own:
+        return f"{where}, as it is"
+    reached = f"step {own['step']}, epoch {math.ceil(own['epoch'])}"
+    if "psn_train" in meta:
+        return f"{where}, published from {reached}, weights: {own['weights']}"
+    path = Path(meta["path"])
+    named = path == Path(where)
+    best = read_best(path.parent)
+    is_best = best is not None and best["name"] == path.name
+    is_last = last_checkpoint(path.parent) == path
+    kinds = [kind for kind, found in (("best", is_best), ("last", is_last)) if found]
+    kind = f"the {' and '.join(kinds)} checkpoint" if kinds else "the checkpoint"
+    missing = "; there is no best one" if prefer == "best" and not named and not is_best else ""
+    return f"{kind}, {path.name} ({reached}), weights: {meta['weights']}{missing}"
+
+
+def trained_on(index: ShardIndex, meta: dict) -> str | None:
+    """What to know where shards are those that a run trained on; None where they are others, or nobody knows.
+
+    Args:
+        meta: as `load_any` gives it.
+    """
+    split = meta.get("psn_train", meta).get("split") or {}
+    if split.get("shards") != index.fingerprint:
+        return None
+    held_out = f", but for {split['held_out']:,} samples that were held out" if split.get("held_out") else ""
+    return f"the run trained on these very shards{held_out}; its figures say nothing of other samples"
+
+
 def load_any(
     where: str | os.PathLike, *, prefer: str = "best", weights: str = "auto"
 ) -> tuple[nn.Module, Recipe, dict]:
@@ -97,8 +134,13 @@ def load_any(
     return load_run(where, prefer=prefer, weights=weights)
 
 
-def write_timm_folder(where: str | os.PathLike, out: str | os.PathLike, *, prefer: str = "best") -> Path:
+def write_timm_folder(
+    where: str | os.PathLike, out: str | os.PathLike, *, prefer: str = "best", say=lambda text: None
+) -> Path:
     """A run's checkpoint as `timm.create_model("local-dir:OUT")` and the hub take it: config.json, model.safetensors.
+
+    Args:
+        say: called with which checkpoint and weights they are.
 
     Raises:
         CheckpointError: `out` holds something else, or a masked PSN's lambda is below 1.
@@ -135,6 +177,8 @@ def write_timm_folder(where: str | os.PathLike, out: str | os.PathLike, *, prefe
             "recipe": recipe.resolved(),
             "recipe_hash": meta["recipe_hash"],
             "results": results_of_checkpoint(Path(meta["path"]), meta),
+            "step": meta["step"],
+            "epoch": meta["epoch"],
             "weights": meta["weights"],
             "split": meta.get("split"),
             "versions": meta["versions"],
@@ -145,6 +189,7 @@ def write_timm_folder(where: str | os.PathLike, out: str | os.PathLike, *, prefe
     except ValueError:
         # the shards need not be where the checkpoint is
         config.pop("label_names", None)
+    say(weights_text(where, meta, prefer))
     # timm fills model_args from the arguments that create_model was given
     save_for_hf(model, str(out), model_config=config, safe_serialization=True)
     return out

@@ -42,10 +42,11 @@ def _network_problems(recipe: Recipe, events: Events) -> list[str]:
             "their own; take another network, such as vgg_snn_psn"
         )
     if model.in_chans == 3 or (model.in_chans == 1 and events.frames != "voxel"):
-        signed = "or 1, voxels with signs" if events.frames == "voxel" else "(1 is of events.frames: voxel alone)"
+        voxel = events.frames == "voxel"
+        signed = "; voxels may have 1, with signs" if voxel else " (1 is of events.frames: voxel alone)"
         problems.append(
-            f"model.in_chans: got {model.in_chans}; frames of events have 2 channels, one for each polarity {signed}; "
-            "set it to 2"
+            f"model.in_chans: got {model.in_chans}; frames of events have 2 channels, one for each polarity{signed}; "
+            f"set it to 2{' or 1' if voxel else ''}"
         )
     if events.frames == "duration" and model.name and not takes_any_number_of_steps(recipe):
         problems.append(
@@ -96,6 +97,12 @@ def _augment_problems(recipe: Recipe, events: Events) -> list[str]:
     wrong(
         augment.crop == "random_resized",
         "augment.crop: got random_resized; frames of events are cropped by `pad` or `none`",
+    )
+    # of photographs 0.5 is right; digits are mirrored by it, and a left hand's wave becomes a right hand's
+    wrong(
+        "hflip" not in augment.model_fields_set,
+        "augment.hflip: missing; recordings have no default, state it: 0.0 where left and right differ (digits, "
+        "gestures), 0.5 as the paper has it for CIFAR10-DVS",
     )
     for key, advice in OF_IMAGES.items():
         value = getattr(augment, key)

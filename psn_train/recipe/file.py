@@ -246,18 +246,21 @@ def check_recipe(document: dict, places: dict[str, str] | None = None) -> Recipe
     """
     places = places or {}
     problems: list[str] = []
+    by_key: dict[tuple[str, ...], list[dict]] = {}
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as invalid:
-        by_key: dict[tuple[str, ...], list[dict]] = {}
         for error in invalid.errors():
             by_key.setdefault(_key_path(error, document), []).append(error)
         problems = [_explain(path, errors, places) for path, errors in by_key.items()]
         recipe = _partial(document, invalid)
     if recipe is not None:
+        # a key whose value is wrong in itself was left out, and is not missing
+        wrong = {".".join(path) for path in by_key}
         problems += [
-            f"{places[key]}: {text}" if (key := text.split(":")[0]) in places else text
+            f"{places[key]}: {text}" if key in places else text
             for text in impossible_combinations(recipe)
+            if (key := text.split(":")[0]) not in wrong
         ]
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

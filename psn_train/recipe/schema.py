@@ -41,7 +41,8 @@ class Model(Section):
     args: dict[str, Scalar] = {}
     """Further arguments of the architecture, such as `stem`, `stem_pool`, `pe`, `width`."""
     init_from: str | None = None
-    """ANN weights to start from: `timm:NAME`, `torchvision:NAME` or a file."""
+    """Weights to start from, of an ANN or of such a network: `timm:NAME`, `torchvision:NAME`, a file, or a folder that
+    `psn publish` wrote."""
     sync_bn: bool = False
     """Batch norm statistics over the batches of all ranks."""
     grad_checkpointing: bool = False
@@ -112,7 +113,7 @@ class Augment(Section):
     pad: Annotated[int, Field(ge=0)] = 4
     """Pixels of padding of `crop: pad`."""
     hflip: Fraction = 0.5
-    """Probability of a horizontal flip."""
+    """Probability of a horizontal flip. With a section `events` it has to be stated."""
     vflip: Fraction = 0.0
     """Probability of a vertical flip."""
     color_jitter: NonNegative = 0.0

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from psn_train.data.event_index import check_kind, check_one_split, check_same_sensor, split_of, split_text
-from psn_train.data.index import ShardIndex, load_index
+from psn_train.data.event_index import split_text
 from psn_train.data.order import held_out_ids
 from psn_train.data.reader import SampleReader
-from psn_train.data.stream import check_counts
+from psn_train.data.split_checks import load_splits
+from psn_train.models.conv_net import SequentialNet
 from psn_train.recipe import Recipe, held_out_samples
-from psn_train.recipe.rules import SAME_SHARDS
 from psn_train.training.checkpoint import read_weights
 
 
@@ -39,72 +38,24 @@ class Splits:
 
 
 def open_splits(recipe: Recipe) -> Splits:
-    """All shards of a recipe, with everything checked that their indices tell.
+    """Readers of all shards of a recipe, checked by `data.split_checks.load_splits`.
 
     Raises:
-        ShardError: no index, another number of samples than the recipe wants, images where it wants recordings or the
-            reverse, recordings of another split or of sensors of different sizes.
+        ShardError, ValueError: the shards fit neither the recipe nor each other.
         PlanError: more samples are to be held out than there are.
-        ValueError: the splits number their classes differently, or two of them are the same shards.
     """
     data = recipe.data
-    train = open_shards(recipe, "train")
-    others = {split: open_shards(recipe, split) for split in ("val", "test") if getattr(data, split) is not None}
-    for split, reader in others.items():
-        same_classes(train.index, reader.index, split)
-        check_one_split(split_of(train.index), reader.index, f"data.{split}")
-    indices = {"train": train.index, **{split: reader.index for split, reader in others.items()}}
-    different_shards(indices)
-    check_same_sensor({f"data.{split}": index for split, index in indices.items()})
-    select, ids = others.get(data.selected_on), None
+    cache = data.cache_dir or recipe.run_path / "shards"
+    readers = {
+        split: SampleReader(index, cache_dir=cache, cache_bytes=data.cache_gb * 1e9)
+        for split, index in load_splits(recipe).items()
+    }
+    train = readers["train"]
+    select, ids = readers.get(data.selected_on), None
     if data.selected_on == "held out":
         samples = train.index.num_samples
         select, ids = train, held_out_ids(samples, held_out_samples(data, samples), data.hold_out_seed)
-    return Splits(train, select, ids, others.get("test"))
-
-
-def open_shards(recipe: Recipe, split: str) -> SampleReader:
-    """Reader of the recipe's `train`, `val` or `test` shards, their counts and their kind held against the recipe.
-
-    Raises:
-        ShardError: no index, another number of samples than the recipe wants, or another kind or split.
-    """
-    data = recipe.data
-    index = load_index(getattr(data, split))
-    check_kind(index, recipe, f"data.{split}")
-    check_counts(index, getattr(data, f"{split}_samples"), f"data.{split}_samples")
-    cache = data.cache_dir or recipe.run_path / "shards"
-    return SampleReader(index, cache_dir=cache, cache_bytes=data.cache_gb * 1e9)
-
-
-def same_classes(train: ShardIndex, other: ShardIndex, split: str) -> None:
-    """Raises ValueError where the two splits number their classes differently."""
-    if train.classes != other.classes:
-        differing = [
-            f"{number}: {a!r} and {b!r}"
-            for number, (a, b) in enumerate(zip(train.classes, other.classes, strict=False))
-            if a != b
-        ]
-        raise ValueError(
-            f"the training shards have {len(train.classes)} classes and those of data.{split} {len(other.classes)}; "
-            f"first differences: {'; '.join(differing[:3]) or 'the number'}"
-        )
-
-
-def different_shards(indices: dict[str, ShardIndex]) -> None:
-    """Raises ValueError where two of the splits are the same shards, however their folders are written.
-
-    Args:
-        indices: of `train`, and of `val` and `test` where there are such.
-    """
-    problems = [
-        f"data.{key} ({indices[key].location}) and data.{other} ({indices[other].location}) are the same shards; "
-        f"{advice}"
-        for (key, other), advice in SAME_SHARDS.items()
-        if {key, other} <= indices.keys() and indices[key].fingerprint == indices[other].fingerprint
-    ]
-    if problems:
-        raise ValueError("\n".join(problems))
+    return Splits(train, select, ids, readers.get("test"))
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -114,7 +65,8 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
         num_classes: of the shards; `model.num_classes` goes before it.
 
     Raises:
-        ValueError: unknown to timm, not one of this package's, or an argument it does not take.
+        ValueError: unknown to timm, not one of this package's, an argument it does not take, or made for images of
+            another size.
     """
     import timm
 
@@ -138,9 +90,25 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
         model = timm.create_model(section.name, num_classes=section.num_classes or num_classes, **arguments)
     except TypeError as error:
         raise ValueError(f"model: {section.name} does not take that: {error}") from error
+    check_image_size(model, recipe)
     if section.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
+
+
+def check_image_size(model: nn.Module, recipe: Recipe) -> None:
+    """Raises ValueError where the network is of images of another size than `data.image_size`."""
+    side, given, name = getattr(model, "side", None), recipe.data.image_size, recipe.model.name
+    if side is not None and side != given:
+        raise ValueError(
+            f"data.image_size: got {given}, and {name} is made for images of {side} x {side} pixels; set "
+            f"model.args.img_size: {given}, or data.image_size: {side}"
+        )
+    if isinstance(model, SequentialNet) and given != model.T:
+        raise ValueError(
+            f"model.T: got {model.T}, and {name} takes each of the {given} columns of an image for a time-step; set "
+            f"model.T: {given}, or data.image_size and model.args.img_size: {model.T}"
+        )
 
 
 def load_network(recipe: Recipe, path: Path, num_classes: int, weights: str = "auto") -> tuple[nn.Module, str]:
@@ -157,14 +125,6 @@ def load_network(recipe: Recipe, path: Path, num_classes: int, weights: str = "a
     model = build_model(recipe, num_classes)
     model.load_state_dict(state)
     return model.eval(), which
-
-
-def class_count(recipe: Recipe, index: ShardIndex) -> int:
-    """Outputs of the network: the recipe's, which must not be fewer than the shards' classes."""
-    wanted = recipe.model.num_classes or len(index.classes)
-    if wanted < len(index.classes):
-        raise ValueError(f"model.num_classes: {wanted}, but {index.location} has {len(index.classes)} classes")
-    return wanted
 
 
 def check_channels_last(model: nn.Module, device: torch.device, image_size: int) -> None:

@@ -6,8 +6,9 @@ import time
 
 import torch
 
+from psn_train.data.split_checks import class_count
 from psn_train.recipe import Recipe, make_plan
-from psn_train.training.build import build_model, check_channels_last, class_count, load_network, open_splits
+from psn_train.training.build import build_model, check_channels_last, load_network, open_splits
 from psn_train.training.evaluate import EvaluationStopped, evaluate
 from psn_train.training.inputs import TrainInputs
 from psn_train.training.loaders import Loaders
@@ -19,6 +20,7 @@ from psn_train.training.runtime import (
     NonFiniteLoss,
     build_accelerator,
     launched_processes,
+    out_of_memory,
     seed_everything,
     set_precision,
 )
@@ -33,6 +35,7 @@ def train(recipe: Recipe) -> int:
 
     Raises:
         ValueError: the recipe does not fit the data, the devices or an existing run (ShardError, PlanError, ...).
+            Also where the memory does not suffice.
         NonFiniteLoss: the loss is infinite or NaN.
     """
     # everything that can be wrong without a device
@@ -132,7 +135,9 @@ def train(recipe: Recipe) -> int:
             except EvaluationStopped:
                 complete = False
         run.finish(complete)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if (text := out_of_memory(error, recipe, plan)) is not None:
+            raise ValueError(text) from error
         blame = updater.guard.blame()
         if blame is not None:
             raise NonFiniteLoss(blame) from error

@@ -101,13 +101,13 @@ class FiringRates:
 class Display:
     """The terminal of the main process: a progress bar where there is one, a line at each log step where not."""
 
-    def __init__(self, *, enabled: bool, total: int, start: int):
+    def __init__(self, *, enabled: bool, total: int, start: int, samples: str = "img"):
         from rich.console import Console
 
         self.enabled = enabled
         self.console = Console(stderr=False, highlight=False, soft_wrap=True)
         self.progress = None
-        self.total = total
+        self.total, self.samples = total, samples
         if enabled and (sys.stdout.isatty() or os.environ.get("FORCE_COLOR")):
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -128,7 +128,9 @@ class Display:
             self.progress.update(self.task, completed=step)
 
     def train(self, record: dict) -> None:
-        figures = f"loss {record['loss']:.4f}  top-1 {record['top1']:.2f} %  {record['images_per_s']:.0f} img/s"
+        figures = (
+            f"loss {record['loss']:.4f}  top-1 {record['top1']:.2f} %  {record['images_per_s']:.0f} {self.samples}/s"
+        )
         if self.progress is not None:
             self.progress.update(self.task, completed=record["step"], figures=figures)
         elif self.enabled:

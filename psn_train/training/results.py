@@ -245,7 +245,7 @@ class Results:
         aside.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         os.replace(aside, path / "results.json")
 
-    def summary(self, steps: int) -> str:
+    def summary(self) -> str:
         """Best and last, of validation and of test, as the end of a line; empty where nothing was evaluated."""
         parts = []
         if self.best is not None:
@@ -257,15 +257,12 @@ class Results:
                 f"last {self.last[figure]:.{digits}f}"
             )
         elif self.last is not None:
-            parts.append(f"nothing is selected yet: schedule.stop_after_steps ended the run after {steps} steps")
+            parts.append("nothing is selected yet")
         if self.tests_once and self.test is not None:
             shown = [f"{which} top1 {figures['top1']:.2f}" for which, figures in self.test.items() if figures]
             parts.append(f"test set: {', '.join(shown)}")
         elif self.tests_once:
-            parts.append(
-                "the test set was not touched: schedule.stop_after_steps ended the run after "
-                f"{steps} of {self.plan.total_steps} steps"
-            )
+            parts.append("the test set was not touched")
         return "".join(f"; {part}" for part in parts)
 
 

@@ -149,7 +149,12 @@ class Run:
             text = json.dumps(self.recipe.resolved(), indent=1)
             (self.path / "recipe.json").write_text(text + "\n", encoding="utf-8")
         start_trackers(self.accelerator, self.recipe, self.step)
-        self.display = Display(enabled=self.is_main, total=self.plan.total_steps, start=self.step)
+        self.display = Display(
+            enabled=self.is_main,
+            total=self.plan.total_steps,
+            start=self.step,
+            samples="img" if self.recipe.events is None else "rec",
+        )
         self._started = self._last_log = time.monotonic()
         self._last_step = self.step
 
@@ -351,7 +356,10 @@ class Run:
                 self.metrics.write(record)
                 self.say(test_line(record))
             results.write(self.path, steps=self.step, seconds=seconds, bad_samples=self.bad)
-        self.say(f"{self.recipe.name} is complete: {self.step} steps, {seconds:.0f} s{results.summary(self.step)}")
+        how = f"is complete: {self.step} steps"
+        if self.step < self.plan.total_steps:
+            how = f"stopped at step {self.step} of {self.plan.total_steps} by schedule.stop_after_steps"
+        self.say(f"{self.recipe.name} {how}, {seconds:.0f} s{results.summary()}")
 
     def close(self) -> None:
         self.stop.close()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 import psn_train
-from psn_train.recipe import Recipe
+from psn_train.recipe import Plan, Recipe
 
 # what `psn train` exits with after a SIGTERM or SIGUSR1, when everything is saved: EX_TEMPFAIL, "try again"
 EXIT_STOPPED = 75
@@ -124,6 +124,25 @@ def average_batch_norm(model: nn.Module) -> dict[str, torch.Tensor]:
                     value /= world_size
                 averaged[f"{name}.{key}"] = value
     return averaged
+
+
+def out_of_memory(error: BaseException, recipe: Recipe, plan: Plan) -> str | None:
+    """What to do about an error of an allocator, of a GPU's or of the CPU's; None for other errors."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    if not isinstance(error, kinds) and "DefaultCPUAllocator" not in str(error):
+        return None
+    events, fewer = recipe.events, "a smaller data.max_batch_per_device"
+    if events is not None and events.frames == "duration":
+        steps = f"steps of events.duration_us = {events.duration_us}"
+        steps += f", at most events.max_steps = {events.max_steps}" if events.max_steps is not None else ""
+        fewer += ", a longer events.duration_us, a smaller events.max_steps"
+    else:
+        steps = f"T = {recipe.model.T} steps"
+    return (
+        f"the memory does not suffice for a batch of {plan.micro_batch_size} samples on a device, {steps} and "
+        f"data.image_size = {recipe.data.image_size}: set {fewer}, or model.grad_checkpointing: true. The allocator "
+        f"says: {(str(error) or type(error).__name__).splitlines()[0]}"
+    )
 
 
 class NonFiniteLoss(FloatingPointError):

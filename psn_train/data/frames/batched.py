@@ -12,6 +12,7 @@ The host never waits for the device: how many events a recording has and how lon
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,9 @@ from psn_train.data.frames.integration import (
     check_frames,
     num_frames,
 )
+
+# of the frames of one batch under a fixed duration, 8 GiB in float32: the network needs many times as much
+MOST_ELEMENTS = 1 << 31
 
 __all__ = ["PackedEvents", "integrate_packed", "integrate_packed_duration", "resize_frames", "voxel_packed"]
 
@@ -230,17 +234,35 @@ def integrate_packed_duration(
         mask: bool [T', N], true for a recording's own frames; each has at least one.
 
     Raises:
-        ValueError: it is more than `frames.MOST_FRAMES`.
+        ValueError: it is more than `frames.MOST_FRAMES`, or the batch has more than MOST_ELEMENTS elements or, on a
+            CPU, would take more than half of the machine's memory.
     """
     check_duration(duration_us, max_steps)
     durations = _durations(packed)
     own = num_frames(duration_us, durations)
     T = bounded_frames(duration_us, int(durations.max(initial=0)), max_steps)
+    _check_size(packed, T, duration_us, max_steps)
     steps = np.arange(T + 1)
     # a recording's last frame runs to its end
     times = np.where(steps < own[:, None], steps * duration_us, np.iinfo(np.int64).max)
     frames = _count(packed, _first_at(packed, times))
     return frames, to_device(np.ascontiguousarray(steps[:-1, None] < own), packed.device)
+
+
+def _check_size(packed: PackedEvents, T: int, duration_us: int, max_steps: int | None) -> None:
+    width, height = packed.sensor
+    elements, most, why = T * len(packed) * 2 * height * width, MOST_ELEMENTS, ""
+    if packed.device.type == "cpu":
+        half = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        if half // 4 < most:
+            most, why = half // 4, ", half of this machine's memory"
+    if elements > most:
+        raise ValueError(
+            f"frames: duration_us = {duration_us} makes {T:,} frames of the longest of {len(packed)} recordings in a "
+            f"batch, {4 * elements:,} bytes for the batch, and at most {4 * most:,} are taken{why}; give a longer "
+            f"duration_us, a {'smaller ' if max_steps is not None else ''}max_steps"
+            f"{f' than {max_steps:,}' if max_steps is not None else ''}, or smaller batches"
+        )
 
 
 def voxel_packed(packed: PackedEvents, T: int, signed: bool = False) -> torch.Tensor:
