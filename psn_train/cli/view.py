@@ -13,7 +13,7 @@ def add(verbs, verb) -> None:
     view.add_argument(
         "--out",
         metavar="FILE",
-        help="NAME.png: one figure; NAME.gif: the frames one after the other; NAME: both "
+        help="NAME.png: one figure; NAME.gif: the frames one after the other; NAME without a suffix: both "
         "(default: both, in runs/view, named after the recording)",
     )
     view.add_argument("--T", type=count, metavar="N", help="frames (default: 10)")
@@ -27,7 +27,12 @@ def add(verbs, verb) -> None:
     view.add_argument(
         "--sensor", type=sensor, metavar="WxH", help="of the file, in pixels, where the format leaves it open"
     )
-    view.add_argument("--sample", metavar="KEY", help="of shards: a sample's key or number (default: 0)")
+    view.add_argument(
+        "--sample",
+        metavar="KEY",
+        help="of shards: a sample's number or key (default: 0); a key is looked for from the first sample on, and of a "
+        "URL all shards up to its own are downloaded for that: a number needs one shard",
+    )
 
 
 def _view(options) -> int:

@@ -54,6 +54,8 @@ def run_view(
         rows = network_rows(seen, recipe)
     for line in seen.lines():
         print(line)
+    if remark := frames.remark():
+        print(f"{frames.cut.words(len(frames))}: {remark}")
     base.parent.mkdir(parents=True, exist_ok=True)
     for suffix in suffixes:
         path = base.with_name(base.name + suffix)
@@ -73,4 +75,8 @@ def _targets(out: str | None) -> tuple[Path | None, tuple[str, ...]]:
         raise EventError(f"--out: {out} is a folder; wanted NAME.png, NAME.gif, or NAME for both")
     if path.suffix.lower() in SUFFIXES:
         return path.with_suffix(""), (path.suffix.lower(),)
+    if path.suffix:
+        raise EventError(
+            f"--out: {out} ends in {path.suffix}; wanted NAME.png, NAME.gif, or NAME without a dot for both"
+        )
     return path, SUFFIXES

@@ -24,7 +24,10 @@ def write_gif(path: Path, frames: Frames) -> None:
     """
     shown = evenly(len(frames), MOST_FRAMES)
     scale = scale_of(frames.counts)
-    pictures = [_picture(frames, int(number), scale) for number in shown]
+    texts = [f"{number + 1} of {len(frames)}: {frames.time(number)}, {frames.amount(number)}" for number in shown]
+    font = ImageFont.load_default()
+    least = max(240, int(max(map(font.getlength, texts))) + 8)
+    pictures = [_picture(frames, int(number), scale, text, least) for number, text in zip(shown, texts, strict=True)]
     pictures[0].save(
         path,
         save_all=True,
@@ -36,20 +39,23 @@ def write_gif(path: Path, frames: Frames) -> None:
     )
 
 
-def _picture(frames: Frames, number: int, scale: float) -> Image.Image:
+def _picture(frames: Frames, number: int, scale: float, text: str, least: int) -> Image.Image:
+    """At least `least` pixels wide."""
     counts = frames.counts[number]
     image = Image.fromarray(paint(counts, scale))
     times = max(1, round(_SIDE / max(image.size)))
     image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-    page = Image.new("RGB", (max(image.width, 240), image.height + _BAR + _CAPTION), "white")
+    page = Image.new("RGB", (max(image.width, least), image.height + _BAR + _CAPTION), "white")
     page.paste(image, ((page.width - image.width) // 2, 0))
     draw = ImageDraw.Draw(page)
-    begin, end = frames.borders[number : number + 2] / 1e3
-    last = max(float(frames.borders[-1]) / 1e3, 1e-9)
+    begin, end = frames.borders[number : number + 2]
+    if frames.cut.by == "voxel":
+        # its peak
+        end = begin
+    last = max(int(frames.borders[-1]), 1)
     draw.rectangle((0, image.height, page.width, image.height + _BAR - 1), fill="#dddddd")
     left, right = (round(time / last * (page.width - 1)) for time in (begin, end))
-    draw.rectangle((left, image.height, max(left, right), image.height + _BAR - 1), fill=ON)
-    text = f"{number + 1} of {len(frames)}: {begin:.1f} to {end:.1f} ms, {counts.sum():.0f} events"
+    draw.rectangle((left, image.height, max(left + 1, right), image.height + _BAR - 1), fill=ON)
     draw.text((4, image.height + _BAR + 5), text, fill="black", font=ImageFont.load_default())
     # one palette without dots of other colours
     return page.quantize(colors=255, dither=Image.Dither.NONE)

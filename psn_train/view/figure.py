@@ -8,21 +8,26 @@ import numpy as np
 
 from psn_train.recipe import Recipe
 from psn_train.view.colours import GROUND, OFF, ON, both, paint, scale_of
-from psn_train.view.frames import Frames, evenly
+from psn_train.view.frames import Frames, evenly, unit_of
 from psn_train.view.source import Seen, short
 
-# frames beside each other; 5 of a large sensor, unless there are many
-_COLUMNS = 10
+# frames beside each other, (fewest, wanted, most): of a small sensor, of a large one, of a large one's many frames
+_FEW, _LARGE_FEW, _LARGE_MANY = (5, 8, 8), (4, 5, 8), (6, 8, 10)
 _LARGE, _MANY = 64, 20
 # frames in the upper part; the GIF has them all
 _MOST = 40
+# inches of a frame's longer side, at most
+_SIDE = 7.0
+# steps beside each other in what a network sees: fewer leave a part of the width, more are evenly taken
+_FEWEST_STEPS, _MOST_STEPS = 6, 10
 # more borders than these would be a grey area
 _MOST_BORDERS = 200
 _WIDTH = 14.0
 _DPI = 120
 
 
-_NUMBER = {"ha": "center", "va": "top", "fontsize": 8, "color": "0.35"}
+_FONT = 8
+_NUMBER = {"va": "top", "fontsize": _FONT, "color": "0.35"}
 
 
 def figure_class():
@@ -37,29 +42,61 @@ def figure_class():
 def write_png(
     path: Path, seen: Seen, frames: Frames, rows: list[tuple[str, np.ndarray]] | None, recipe: Recipe | None
 ) -> None:
-    """Write the figure.
+    """Write the figure that `draw` makes of the same."""
+    draw(seen, frames, rows, recipe).savefig(path, dpi=_DPI)
+
+
+def draw(seen: Seen, frames: Frames, rows: list[tuple[str, np.ndarray]] | None, recipe: Recipe | None):
+    """The figure.
 
     Args:
         rows: what the network of `recipe` sees: (name, frames [T, 2, H, W]).
     """
     shown = evenly(len(frames), _MOST)
+    captions = [f"{number + 1}: {frames.time(number)}\n{frames.amount(number)}" for number in shown]
     height, width = frames.counts.shape[-2:]
-    columns = 5 if width > _LARGE and len(shown) <= _MANY else _COLUMNS
+    columns = _columns(len(shown), width, captions)
     lines = -(-len(shown) // columns)
     # inches
-    heights = [lines * (_cell(columns) * height / width + 0.5) + 0.15, 3.0]
+    cell = min(_cell(columns), _SIDE, _SIDE * width / height)
+    heights = [lines * (cell * height / width + 0.5) + 0.15, 3.0]
     if rows:
-        heights.append(len(rows) * (_cell(_COLUMNS) + 0.02) + 0.6)
+        slots = _slots(rows)
+        tall, wide = rows[0][1].shape[-2:]
+        heights.append(len(rows) * (_cell(slots) * tall / wide + 0.2) + 0.6)
     figure = figure_class()(figsize=(_WIDTH, sum(heights) + 0.6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1)
     figure.suptitle(_headline(seen), fontsize=11, x=0.01, ha="left")
     parts = figure.subfigures(len(heights), 1, height_ratios=heights)
-    _draw_frames(parts[0], frames, shown, columns, lines)
+    _draw_frames(parts[0], frames, shown, captions, columns)
     _draw_rate(parts[1], seen, frames)
     if rows:
         _draw_rows(parts[2], rows, recipe)
-    event_legend(figure)
-    figure.savefig(path, dpi=_DPI)
+    event_legend(figure, signed=frames.cut.signed)
+    return figure
+
+
+def _columns(count: int, width: int, captions: list[str]) -> int:
+    """Frames beside each other: rows as full as can be, and captions that fit."""
+    if width <= _LARGE:
+        fewest, wanted, most = _FEW
+    else:
+        fewest, wanted, most = _LARGE_FEW if count <= _MANY else _LARGE_MANY
+    longest = max(_inches(line) for caption in captions for line in caption.split("\n"))
+    most = next((n for n in range(most, 1, -1) if longest + 0.04 <= _cell(n)), 1)
+    if count <= min(wanted, most):
+        return count
+    return min(range(min(fewest, most), most + 1), key=lambda n: (-count % n, abs(n - wanted)))
+
+
+def _inches(text: str) -> float:
+    from matplotlib.textpath import TextPath
+
+    return TextPath((0, 0), text, size=_FONT).get_extents().width / 72
+
+
+def _slots(rows: list[tuple[str, np.ndarray]]) -> int:
+    return int(np.clip(max(len(row) for _, row in rows), _FEWEST_STEPS, _MOST_STEPS))
 
 
 def _cell(columns: int) -> float:
@@ -73,11 +110,14 @@ def _headline(seen: Seen) -> str:
     return f"{where if len(where) <= 110 else '...' + where[-107:]}\n{facts}"
 
 
-def event_legend(figure) -> None:
-    """What the colours of `paint` mean, in the upper right corner."""
+def event_legend(figure, signed: bool = False) -> None:
+    """What the colours of `paint` mean, in the upper right corner; of signed values none are of both."""
     from matplotlib.patches import Patch
 
-    names = (("ON, brighter", ON), ("OFF, darker", OFF), ("both", None), ("none", GROUND))
+    if signed:
+        names = (("positive: more ON", ON), ("negative: more OFF", OFF), ("zero", GROUND))
+    else:
+        names = (("ON, brighter", ON), ("OFF, darker", OFF), ("both", None), ("none", GROUND))
     patches = [
         Patch(facecolor=both() if colour is None else np.array(colour) / 255, edgecolor="0.6", label=name)
         for name, colour in names
@@ -96,40 +136,37 @@ def _cells(figure, lines: int, columns: int):
     return axes
 
 
-def _draw_frames(figure, frames: Frames, shown: np.ndarray, columns: int, lines: int) -> None:
-    some = "" if len(shown) == len(frames) else f", {len(shown)} of them, evenly taken"
-    note = "" if frames.counts.any() else ": nothing to be seen, there are no events in them"
-    figure.suptitle(f"{len(frames)} {frames.cut}{some}{note}", fontsize=10, x=0.01, ha="left")
-    axes = _cells(figure, lines, columns)
+def _draw_frames(figure, frames: Frames, shown: np.ndarray, captions: list[str], columns: int) -> None:
+    some = "" if len(shown) == len(frames) else f", {len(shown)} of them shown, evenly taken"
+    remark = f": {frames.remark()}" if frames.remark() else ""
+    figure.suptitle(f"{frames.cut.words(len(frames))}{some}{remark}", fontsize=10, x=0.01, ha="left")
+    axes = _cells(figure, -(-len(shown) // columns), columns)
     pictures = paint(frames.counts[shown], scale_of(frames.counts))
-    for axis, number, picture in zip(axes.flat, shown, pictures, strict=False):
-        begin, end = frames.borders[number : number + 2] / 1e3
+    for axis, caption, picture in zip(axes.flat, captions, pictures, strict=False):
         axis.imshow(picture, interpolation="nearest")
-        axis.set_title(
-            f"{number + 1}: {_span(begin, end)}\n{frames.counts[number].sum():,.0f} events", fontsize=8, pad=3
-        )
+        axis.set_title(caption, fontsize=_FONT, pad=3)
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
-
-
-def _span(begin: float, end: float) -> str:
-    digits = 0 if end >= 1000 else 1
-    return f"{begin:.{digits}f} to {end:.{digits}f} ms"
 
 
 def _draw_rate(figure, seen: Seen, frames: Frames) -> None:
     from matplotlib.ticker import FuncFormatter
 
     axis = figure.subplots()
+    voxel = frames.cut.by == "voxel"
+    borders = frames.borders[:-1] if voxel else frames.borders
+    # a single frame has none
+    dashed = len(seen.recording) > 0 and (voxel or len(frames) > 1) and len(frames) < _MOST_BORDERS
+    lines = f"; dashed lines {'at the peaks of the bins' if voxel else 'between the frames'}" if dashed else ""
     figure.suptitle(
-        "event rate: ON above, OFF below the line; dashed lines between the frames",
+        f"event rate: ON above, OFF below the line{lines}",
         fontsize=10,
         x=0.01,
         ha="left",
     )
     events = seen.recording.events
     last = max(seen.recording.duration_us, int(frames.borders[-1]), 1)
-    unit, name = (1e6, "s") if last >= 10_000_000 else (1e3, "ms")
+    unit, name = unit_of(last)
     width = _bin_us(last)
     edges = np.arange(0, last + width, width)
     since = events["t"] - events["t"][0] if len(events) else events["t"]
@@ -139,16 +176,17 @@ def _draw_rate(figure, seen: Seen, frames: Frames) -> None:
         highest = max(highest, float(rate.max()))
         axis.stairs(sign * rate, edges / unit, fill=True, color=np.array(colour) / 255)
     axis.axhline(0, color="0.3", linewidth=0.8)
-    if len(events):
-        if len(frames.borders) <= _MOST_BORDERS:
-            for border in frames.borders:
-                axis.axvline(border / unit, color="0.35", linewidth=0.8, linestyle=(0, (4, 3)))
-            for number, (begin, end) in enumerate(zip(frames.borders, frames.borders[1:], strict=False), 1):
-                # where there is room
-                if end - begin > 0.02 * last:
-                    place = (begin + end) / 2 / unit
-                    axis.text(place, 0.98, number, transform=axis.get_xaxis_transform(), **_NUMBER)
-    else:
+    if dashed:
+        for border in borders:
+            axis.axvline(border / unit, color="0.35", linewidth=0.8, linestyle=(0, (4, 3)))
+        for number, (begin, end) in enumerate(zip(frames.borders, frames.borders[1:], strict=False), 1):
+            # where there is room
+            if end - begin > 0.01 * (1 + len(str(number))) * last:
+                # beside its line, or between its two
+                place, align = (begin / unit, "left") if voxel else ((begin + end) / 2 / unit, "center")
+                text = f" {number}" if voxel else f"{number}"
+                axis.text(place, 0.98, text, transform=axis.get_xaxis_transform(), ha=align, **_NUMBER)
+    if not len(events):
         axis.text(0.5, 0.6, "no events", transform=axis.transAxes, ha="center", fontsize=14, color="0.4")
     axis.set_xlim(0, last / unit)
     bound = 1.15 * highest or 1.0
@@ -168,16 +206,17 @@ def _bin_us(last: int) -> int:
 
 def _draw_rows(figure, rows: list[tuple[str, np.ndarray]], recipe: Recipe) -> None:
     steps = max(len(row) for _, row in rows)
-    columns = min(_COLUMNS, steps)
-    some = "" if columns == steps else f", {columns} of {steps} steps"
+    columns = min(_MOST_STEPS, steps)
+    some = f"{steps} step{'' if steps == 1 else 's'}" + ("" if columns == steps else f" ({columns} of them shown)")
     height, width = rows[0][1].shape[-2:]
     figure.suptitle(
-        f"what the network of {recipe.name} sees, {width} x {height} pixels{some}: in evaluation, and in training",
+        f"what {recipe.model.name}, the network of the recipe {recipe.name}, sees: {some} of {width} x {height} pixels "
+        "in evaluation and, augmented, in training",
         fontsize=10,
         x=0.01,
         ha="left",
     )
-    axes = _cells(figure, len(rows), _COLUMNS)
+    axes = _cells(figure, len(rows), _slots(rows))
     scale = scale_of(rows[0][1])
     for line, (name, row) in zip(axes, rows, strict=True):
         line[0].set_ylabel(name, fontsize=9)

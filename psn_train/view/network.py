@@ -12,6 +12,7 @@ from psn_train.data.frames.event_drop import event_drop
 from psn_train.data.stream import Batch
 from psn_train.recipe import Recipe
 from psn_train.training.inputs import EventInputs
+from psn_train.view.frames import by_sign
 from psn_train.view.source import Seen
 
 EPOCHS = 4
@@ -34,12 +35,5 @@ def network_rows(seen: Seen, recipe: Recipe) -> list[tuple[str, np.ndarray]]:
         ids, epochs = np.array([seen.sample_id]), np.array([epoch or 0])
         batch = Batch(packed, torch.zeros(1, dtype=torch.int64), ids, epochs)
         frames, _ = inputs(batch, training=epoch is not None)
-        rows.append(("evaluation" if epoch is None else f"epoch {epoch}", _polarities(frames[:, 0].numpy())))
+        rows.append(("evaluation" if epoch is None else f"epoch {epoch}", by_sign(frames[:, 0].numpy())))
     return rows
-
-
-def _polarities(frames: np.ndarray) -> np.ndarray:
-    """[T, C, H, W] -> [T, 2, H, W], OFF first; one channel is signed."""
-    if frames.shape[1] == 2:
-        return frames
-    return np.concatenate([np.maximum(-frames, 0), np.maximum(frames, 0)], axis=1)

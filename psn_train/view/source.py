@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from psn_train.data.events import FORMATS, EventError, Recording, parse_recording
 from psn_train.data.events.codec import decode_events
 from psn_train.data.events.readers import guess_format
-from psn_train.data.index import INDEX_NAME, ShardIndex, is_url, load_index
+from psn_train.data.index import INDEX_NAME, ShardError, ShardIndex, is_url, load_index
 from psn_train.data.reader import SampleReader
+from psn_train.data.sources.recordings import SUFFIXES
+from psn_train.view.frames import events_in_words
+
+_WANTED = f"a recording's file, or a folder or URL of shards with an {INDEX_NAME}"
+# files below a folder that are looked at to tell what it holds
+_LOOKED = 10_000
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Seen:
         parts = [self.format, f"{width} x {height} pixels"]
         if len(recording):
             on = int(recording.events["p"].sum())
-            parts += [f"{len(recording):,} events ({on / len(recording):.0%} ON)", _time(recording.duration_us)]
+            parts += [f"{events_in_words(len(recording))} ({on / len(recording):.0%} ON)", _time(recording.duration_us)]
         else:
             parts.append("no events")
         if recording.duration_us:
@@ -62,10 +69,15 @@ def open_recording(
     """Read a file, or a sample of a folder or URL of shards. Arguments as in `run_view`.
 
     Raises:
-        ValueError: an argument that does not fit, no such sample, or nothing that can be read.
-        OSError: there is no such file.
+        ValueError: an argument that does not fit, no such file or sample, or nothing that can be read.
+        OSError: the file cannot be read.
     """
     path = Path(where)
+    if not is_url(where):
+        if not path.exists():
+            raise EventError(f"{where}: there is no such file or folder; wanted {_WANTED}")
+        if path.is_dir() and not (path / INDEX_NAME).exists():
+            raise EventError(f"{where} {_no_shards(path)}")
     if is_url(where) or path.is_dir() or path.name == INDEX_NAME:
         return _open_sample(where, sample, format, sensor)
     data = path.read_bytes()
@@ -76,8 +88,25 @@ def open_recording(
     return Seen(parse_recording(data, format, sensor, where), where, path.stem, format)
 
 
+def _no_shards(folder: Path) -> str:
+    """What a folder without an index holds instead, and what to do."""
+    shards = sorted(index.parent.name for index in folder.glob(f"*/{INDEX_NAME}"))
+    if shards:
+        return f"is a folder of folders of shards ({', '.join(shards)}); name one: {folder / shards[0]}"
+    looked = islice(folder.rglob("*"), _LOOKED)
+    if recordings := [path for path in looked if path.suffix.lower() in SUFFIXES and path.is_file()]:
+        return (
+            f"is a folder of recordings, and one is drawn at a time; name a file, such as {min(recordings)}. "
+            f"Shards of all of them: `psn shards events {folder} OUT`"
+        )
+    return f"is a folder without shards (no {INDEX_NAME}) and without recordings; wanted {_WANTED}"
+
+
 def _open_sample(where: str, sample: str | None, format: str | None, sensor: tuple[int, int] | None) -> Seen:
-    index = load_index(where)
+    try:
+        index = load_index(where)
+    except ShardError as error:
+        raise EventError(f"{error} psn view wants {_WANTED}.") from error
     if index.kind != "events":
         raise EventError(f"{where}: shards of {index.kind}; psn view draws recordings of event cameras")
     for name, value in (("--format", format), ("--sensor", sensor)):
