@@ -237,6 +237,7 @@ def test_evaluation_refuses_the_other_kind_and_another_split(small, small_events
     assert train_here(images) == 0 and train_here(recordings) == 0
     own, drawn = write_dots(tmp_path / "dots", train=12, test=6), write_dots(tmp_path / "drawn", train=12, test=6)
     say(own / "test", split={"rule": "first90"})
+    say(own / "train", sensor=[128, 128])
     for part, seed in (("train", 1), ("test", 2)):
         say(drawn / part, split={"rule": "random", "seed": seed, "test_share": 0.5, "counts": {}})
     data = {"train": str(drawn / "train"), "val": None, "hold_out": 2}
@@ -248,6 +249,7 @@ def test_evaluation_refuses_the_other_kind_and_another_split(small, small_events
         (images, own / "test"),
         (recordings, digit_shards / "val"),
         (recordings, own / "test"),
+        (recordings, own / "train"),
         (seeded, drawn / "test"),
         (published, drawn / "test"),
     ):
@@ -257,7 +259,8 @@ def test_evaluation_refuses_the_other_kind_and_another_split(small, small_events
     assert "--shards: " in complaints[0] and "holds recordings of an event camera" in complaints[0]
     assert "holds images" in complaints[1]
     assert "were split by first90, and the recipe's events.split is given" in complaints[2]
-    for complaint in complaints[3:]:
+    assert "a sensor of 128 x 128 pixels, and the network was trained on one of 20 x 16" in complaints[3]
+    for complaint in complaints[4:]:
         assert "the split random, seed 2, 0.5 of every class, and the training shards of the split random, seed 1" in (
             complaint
         )

@@ -88,6 +88,20 @@ def check_same_sensor(indices: dict[str, ShardIndex]) -> None:
         raise ShardError(f"the shards are of sensors of different sizes: {sizes}; they cannot be of one data set")
 
 
+def check_trained_sensor(trained_on: list[int] | None, index: ShardIndex, key: str) -> None:
+    """Raises ShardError where recordings are of a sensor of another size than those that a network was trained on.
+
+    Args:
+        trained_on: [width, height], None where it is not known.
+    """
+    if index.kind == "events" and trained_on is not None and tuple(trained_on) != sensor_of(index):
+        width, height = sensor_of(index)
+        raise ShardError(
+            f"{key}: the recordings in {index.location} are of a sensor of {width} x {height} pixels, and the network "
+            f"was trained on one of {trained_on[0]} x {trained_on[1]}; other data?"
+        )
+
+
 def sensor_of(index: ShardIndex) -> tuple[int, int]:
     """(width, height) of all recordings of an index, in pixels.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from psn_train.data.event_index import check_kind, check_one_split
+from psn_train.data.event_index import check_kind, check_one_split, check_trained_sensor
 from psn_train.data.index import ShardIndex, load_index
 from psn_train.neurons import get_lambda
 from psn_train.recipe import Recipe
@@ -231,6 +231,7 @@ def evaluate_folder(
     # a run's state.json has it, and the config.json of what was published
     split = meta.get("split") or meta.get("psn_train", {}).get("split") or {}
     check_one_split(split.get("recordings"), index, "--shards")
+    check_trained_sensor(split.get("sensor"), index, "--shards")
     if model.num_classes < len(index.classes):
         raise CheckpointError(
             f"{where} tells {model.num_classes} classes apart, {shards} has {len(index.classes)}; other data?"

@@ -20,7 +20,7 @@ import json
 import os
 from pathlib import Path
 
-from psn_train.data.event_index import split_of
+from psn_train.data.event_index import sensor_of, split_of
 from psn_train.recipe import Plan, Recipe, recipe_hash
 from psn_train.training.build import Splits
 from psn_train.training.checkpoint import checkpoint_path
@@ -55,6 +55,7 @@ class Results:
         }
         if (rule := split_of(splits.train.index)) is not None:
             self.split["recordings"] = rule
+            self.split["sensor"] = list(sensor_of(splits.train.index))
         self.test_shards = splits.test.index.fingerprint if splits.test is not None else None
         # looked at when the run is complete, and not during it
         self.tests_once = splits.test is not None and self.selected_on != "test"
