@@ -81,6 +81,8 @@ def test_what_goes_together_is_accepted(changes):
         ({"events": {"nda_strength": 3}}, "nothing is drawn by it; set events.nda_ops, too"),
         ({"events": {"split": "tebm"}}, "events.split: got 'tebm'"),
         ({"events": {"roll": -1}}, "events.roll: got -1"),
+        ({"events": {"cutout": 48}}, "events.cutout: got 48 pixels, and the frames have 48; wanted fewer"),
+        ({"augment": {"pad": 50}}, "augment.pad: got 50 pixels, and the frames have 48"),
         ({"model": {"name": "vgg_snn_sliding_psn", "k": 5}}, "model.k: got 5, which is more than T = 4"),
     ],
 )

@@ -249,3 +249,9 @@ def test_words_for_people():
     assert say_split({"rule": "file", "sha256": "ab" * 32, "counts": counts}).startswith(
         "file (list abababababab): 9000"
     )
+
+
+def test_a_list_that_is_no_text(tmp_path):
+    (tmp_path / "list").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"list is no text in UTF-8: .* names of recordings, one a line"):
+        divide(["a/1", "a/2"], [0, 0], ["a"], SplitRule("file", path=str(tmp_path / "list")))

@@ -89,4 +89,9 @@ def _shards_of_recordings(options) -> int:
     folders = {name: os.path.join(options.out, name) for name in splits}
     split = settle_counts(events["split"], folders, {name: len(source) for name, source in splits.items()})
     print(f"split: {say_split(split)}")
+    for name, source in splits.items():
+        without = sorted(set(range(len(source.classes))) - set(source.labels.tolist()))
+        if without:
+            some = ", ".join(source.classes[label] for label in without[:5]) + (" ..." if len(without) > 5 else "")
+            print(f"note: {len(without)} of {len(source.classes)} classes have no recordings in {name}: {some}")
     return 0

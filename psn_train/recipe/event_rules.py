@@ -107,6 +107,10 @@ def _augment_problems(recipe: Recipe, events: Events) -> list[str]:
     for key, advice in OF_IMAGES.items():
         value = getattr(augment, key)
         wrong(value != getattr(plain, key), f"augment.{key}: got {value}; {advice}")
+    side = recipe.data.image_size
+    pad = augment.pad if augment.crop == "pad" else 0
+    for key, pixels in (("augment.pad", pad), ("events.roll", events.roll), ("events.cutout", events.cutout)):
+        wrong(pixels >= side, f"{key}: got {pixels} pixels, and the frames have {side}; wanted fewer")
     for key in ("mean", "std"):
         value = getattr(augment, key)
         wrong(

@@ -63,7 +63,11 @@ def open_dvs_gesture(src: Path, rule: SplitRule | None = None) -> dict[str, Gest
     listing = Listing("dvs128gesture", "aedat3", SENSOR, list(CLASSES), given=[])
     trials: dict[str, str] = {}
     for split, name in _LISTS.items():
-        for line in (folder / name).read_text(encoding="utf-8").split():
+        try:
+            lines = (folder / name).read_text(encoding="utf-8").split()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{folder / name} is no text in UTF-8: {error}; wanted names of files") from error
+        for line in lines:
             if line in trials:
                 raise ValueError(f"{folder}: {line} is in {_LISTS[trials[line]]} and in {name}, or twice in one")
             trials[line] = split

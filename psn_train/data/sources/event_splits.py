@@ -211,7 +211,11 @@ def _named(names: Sequence[str], path: str) -> tuple[np.ndarray, str]:
         places = {**found, **places}
     seen: dict[int, int] = {}
     wrong = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}; wanted names of recordings, one a line") from error
+    for number, line in enumerate(lines, 1):
         name = line.strip().replace("\\", "/").removeprefix("./")
         if not name or name.startswith("#"):
             continue
