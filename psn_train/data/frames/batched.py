@@ -31,8 +31,8 @@ from psn_train.data.frames.integration import (
     num_frames,
 )
 
-# of the frames of one batch under a fixed duration, 8 GiB in float32: the network needs many times as much
-MOST_ELEMENTS = 1 << 31
+# of the frames of one batch under a fixed duration, 1 GiB in float32: the network needs many times as much
+MOST_ELEMENTS = 1 << 28
 
 __all__ = ["PackedEvents", "integrate_packed", "integrate_packed_duration", "resize_frames", "voxel_packed"]
 
