@@ -1,5 +1,6 @@
 """Fixtures: small shards of real digits, shared data where it is present, training runs in processes of their own."""
 
+import copy
 import faulthandler
 import json
 import multiprocessing
@@ -44,7 +45,8 @@ SMALL = {
 
 
 def merged(document: dict, changes: dict) -> dict:
-    result = dict(document)
+    """A copy down to the last level: what a test does to it reaches no other test."""
+    result = copy.deepcopy(document)
     for key, value in changes.items():
         result[key] = merged(result.get(key) or {}, value) if isinstance(value, dict) else value
     return result
