@@ -291,7 +291,7 @@ def test_what_the_command_says(cifar, tmp_path, capsys):
     listed = tmp_path / "test.txt"
     listed.write_text("".join(f"cifar10_{name}_{i}\n" for name in CLASSES for i in range(40, 45)))
     assert main([*command[:3], str(tmp_path / "mine"), *command[4:], "--split", str(listed)]) == 0
-    assert re.search(r"split: file \(list [0-9a-f]{12}\): 9950 train, 50 test", capsys.readouterr().out)
+    assert re.search(r"split: file, list [0-9a-f]{12}: 9950 train, 50 test", capsys.readouterr().out)
     assert load_index(tmp_path / "mine" / "test").class_histogram == [5] * 10
     for words, message in [
         (["cifar10dvs", str(tmp_path / "none"), "x"], "none does not exist"),

@@ -244,10 +244,10 @@ def test_words_for_people():
     assert say_split({"rule": "given", "counts": {"test": 100, "train": 900}}) == "given: 900 train, 100 test"
     assert (
         say_split({"rule": "random", "seed": 3, "test_share": 0.1, "counts": counts})
-        == "random (seed 3, 0.1 of every class): 9000 train, 1000 test"
+        == "random, seed 3, 0.1 of every class: 9000 train, 1000 test"
     )
     assert say_split({"rule": "file", "sha256": "ab" * 32, "counts": counts}).startswith(
-        "file (list abababababab): 9000"
+        "file, list abababababab: 9000"
     )
 
 

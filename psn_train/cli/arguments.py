@@ -1,9 +1,21 @@
-"""Types of the command line: what a word must be, and what is said when it is not."""
+"""What words of the command line must be, and what is said when they are not."""
 
 from __future__ import annotations
 
 import argparse
 import math
+
+
+def chosen(wanted: list[str] | None, splits: dict, source: str) -> list[str]:
+    """The names of `splits` that are wanted; all where None is given.
+
+    Raises:
+        ValueError: the source has no such split.
+    """
+    for name in wanted or ():
+        if name not in splits:
+            raise ValueError(f"{source} has no split {name!r}; it has {', '.join(splits)}")
+    return wanted or list(splits)
 
 
 def count(text: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from psn_train.cli.arguments import count, sensor
+from psn_train.cli.arguments import chosen, count, sensor
 
 _SPLIT = "random, first90, tebn (index 0 to 99 of every class is the test) or a file that names the test's recordings"
 
@@ -63,10 +63,7 @@ def _shards_of_recordings(options) -> int:
     from psn_train.data.sources.event_splits import say_split
 
     splits = _open(options)
-    for name in options.splits or splits:
-        if name not in splits:
-            raise ValueError(f"{options.source} has no split {name!r}; it has {', '.join(splits)}")
-    for number, name in enumerate(options.splits or splits):
+    for number, name in enumerate(chosen(options.splits, splits, options.source)):
         out = os.path.join(options.out, name)
         index = write_shards(
             splits[name],

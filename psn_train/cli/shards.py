@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from psn_train.cli import event_shards
-from psn_train.cli.arguments import count
+from psn_train.cli.arguments import chosen, count
 
 
 def add(verbs, verb) -> None:
@@ -49,10 +49,7 @@ def _shards_images(options) -> int:
     from psn_train.data.sources import open_source
 
     splits = open_source(options.source, val_labels=options.val_labels)
-    for name in options.splits or splits:
-        if name not in splits:
-            raise ValueError(f"{options.source} has no split {name!r}; it has {', '.join(splits)}")
-    for name in options.splits or splits:
+    for name in chosen(options.splits, splits, options.source):
         index = write_shards(
             splits[name],
             os.path.join(options.out, name),

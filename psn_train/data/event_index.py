@@ -8,6 +8,7 @@
            `sources/event_splits.py`; "seed" and "test_share" where the rule is random, "sha256" where it is a file's;
            {"rule": "unknown"} of shards that someone else wrote
   format   of the files that the recordings came from
+  num_events, num_bytes  of all recordings, coded
   repairs  {name: count} over all of them, see `events/recording.py`
 """
 

@@ -293,7 +293,7 @@ def _make_index(source, split, plan, names, keys, finished, location) -> ShardIn
         histogram[label] -= 1
     shards = [Shard(**finished[name]["shard"]) for name in names]
     if not sum(shard.num_samples for shard in shards):
-        raise ShardError(f"{location}: not one of {len(source)} samples could be read; nothing was written")
+        raise ShardError(f"{location}: not one of {len(source)} samples could be read; no index was written")
     plan = {**plan, "remarks": remarks, "passed_over": source.notes}
     if source.kind == "events":
         totals = {"events": 0, "bytes": 0, "repairs": {}}

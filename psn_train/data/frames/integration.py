@@ -22,18 +22,6 @@ import numpy as np
 
 from psn_train.data.events import Recording
 
-__all__ = [
-    "ROUNDINGS",
-    "addresses",
-    "frame_numbers_by_duration",
-    "frame_numbers_by_number",
-    "frame_numbers_by_time",
-    "integrate",
-    "integrate_by_duration",
-    "num_frames",
-    "voxel_grid",
-]
-
 ROUNDINGS = ("spikingjelly", "tonic")
 # of one recording under a fixed duration: more are a slip of units, and would fill the memory
 MOST_FRAMES = 1 << 16

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from psn_train.data.event_index import split_words
 from psn_train.data.sources.source import split_order
 
 RULES = ("given", "tebn", "random", "first90", "file")
@@ -167,13 +168,8 @@ def _recordings(count: int) -> str:
 
 def say_split(record: dict) -> str:
     """What `divide` recorded, in words for people."""
-    text = record["rule"]
-    if text == "random":
-        text += f" (seed {record['seed']}, {record['test_share']:g} of every class)"
-    elif text == "file":
-        text += f" (list {record['sha256'][:12]})"
     counts = record["counts"]
-    return text + ": " + ", ".join(f"{counts[name]} {name}" for name in sorted(counts, key=split_order))
+    return split_words(record) + ": " + ", ".join(f"{counts[name]} {name}" for name in sorted(counts, key=split_order))
 
 
 def _test_of_class(names: list[str], rows: np.ndarray, rule: SplitRule, numbers) -> np.ndarray:
