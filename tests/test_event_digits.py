@@ -7,9 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psn_train.data.events import ordering
+from psn_train.data.events import digits, ordering
 from psn_train.data.events.digits import leading_digits, pack_digits, parities, unpack_digits
 from psn_train.data.events.ordering import Ties, sort_by_digits, stable_order
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_columns_take_the_way_of_large_ones():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "_FEW", 0)
+        yield
 
 
 def numbers(sizes: list[int], word: type, seed: int = 0) -> np.ndarray:
@@ -59,6 +66,13 @@ def test_every_size_and_number_of_lanes(size):
             assert_packed([size] * count, np.uint32)
 
 
+@given(st.lists(st.integers(0, 63), min_size=1, max_size=70))
+def test_few_numbers_are_packed_one_by_one(sizes):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "_FEW", 1 << 13)
+        assert_packed(sizes, np.uint64)
+
+
 @pytest.mark.parametrize("word, bits", [(np.int32, 31), (np.int64, 58)])
 def test_leading_digits(word, bits):
     value = {2, 3}
@@ -92,6 +106,9 @@ def test_sorting_is_stable_by_either_column(monkeypatch, few, index_type, high):
             found = sort_by_digits(index, key, key, 1, 1 + bits)
             order = np.argsort(key >> 1, kind="stable")
             assert np.array_equal(found[0], index[order]) and np.array_equal(found[1], key[order])
+            assert (found[2] is None) == (bits in (0, 17, 30) or bool(few))
+            if found[2] is not None:
+                assert np.array_equal(found[2], np.searchsorted(key[order] >> 1, np.arange((1 << bits) + 1)))
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), max_size=60))

@@ -71,10 +71,15 @@ def encode_events(recording: Recording) -> bytes:
     since, key = _since_first(recording), _keys(recording)
     bits = _bits(width - 1) + _bits(height - 1)
     ties = Ties(since).moves(key, 1, 1 + bits)
-    since, key = sort_by_digits(since, key, key, 1, 1 + bits)
+    since, key, bounds = sort_by_digits(since, key, key, 1, 1 + bits)
     change = key[1:] ^ key[:-1]
-    heads = np.flatnonzero(np.append(True, change > 1))
-    gaps = np.diff(key[heads] >> 1, prepend=-1) - 1
+    if bounds is None:
+        heads = np.flatnonzero(np.append(True, change > 1))
+        pixels = key[heads] >> 1
+    else:
+        pixels = np.flatnonzero(bounds[1:] != bounds[:-1])
+        heads = bounds[pixels]
+    gaps = np.diff(pixels, prepend=-1) - 1
     counts = np.diff(heads, append=count)
 
     # 2 more than the time, so that there always is a digit after the leading one
@@ -179,7 +184,7 @@ def _decode(data: bytes, where: str, number: Callable) -> tuple[np.ndarray, np.n
     numbers += on
 
     since = since.view(signed)
-    since, numbers = sort_by_digits(since, numbers, since, 0, _bits(duration))
+    since, numbers, _ = sort_by_digits(since, numbers, since, 0, _bits(duration))
     if since[0] != 0:
         raise EventError(f"{where}: its first event is not at its begin; it was not written by this codec")
     if not content.at_end():

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
+# so few numbers are packed sooner one by one
+_FEW = 1 << 13
+
 
 def leading_digits(value: np.ndarray) -> np.ndarray:
     """Of int32 or int64 [E], each 2 or more, the place b of its second digit and that digit d: 2 b + d, same size.
@@ -107,8 +110,8 @@ def unpack_digits(data: memoryview, sizes: np.ndarray, word: type) -> np.ndarray
 
 
 def _lanes(sizes: np.ndarray) -> int:
-    """How many numbers of at most that many digits always fit into a word of 64."""
-    return min(8, 64 // max(1, int(sizes.max())))
+    """How many numbers of at most that many digits always fit into a word of 64; 1 where it would not pay."""
+    return min(8, 64 // max(1, int(sizes.max()))) if len(sizes) > _FEW else 1
 
 
 def parities(flips: np.ndarray) -> np.ndarray:

@@ -13,32 +13,34 @@ _FEW = 1 << 14
 
 def sort_by_digits(
     index: np.ndarray, data: np.ndarray, by: np.ndarray, first: int, last: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Two columns [E] in the stable order of the binary digits `first` to before `last` of one of them.
+
+    And how many are below each value of these digits, [2^digits + 1], where that was found on the way; else None.
 
     Args:
         index: int32 or int64, none negative or the largest of its type.
         data: the other.
-        by: which of the two; of the type of `index`, and none negative.
+        by: which of the two; of the type of `index`, none negative, and without digits from `last` on.
     """
-    by_index = by is index
+    by_index, bounds = by is index, None
+    if len(index) < _FEW:
+        order = stable_order(by >> first, last - first)
+        return index.take(order), data.take(order), bounds
     passes = -(-(last - first) // _MOST_DIGITS)
     width = -(-(last - first) // max(1, passes))
     for shift in range(first, first + passes * width, max(1, width)):
         digit = (index if by_index else data) >> shift
         digit &= (1 << width) - 1
-        if len(index) < _FEW:
-            order = np.argsort(digit.astype(np.uint16), kind="stable")
-            index, data = index.take(order), data.take(order)
-        else:
-            # scipy brings a matrix into the order of its rows by a counting sort, which takes both columns along
-            matrix = coo_array((1 << width, np.iinfo(index.dtype).max), dtype=data.dtype)
-            matrix.coords, matrix.data = (digit, index), data
-            # no entry is to be added to another
-            matrix.has_canonical_format = True
-            matrix = matrix.tocsr()
-            index, data = matrix.indices, matrix.data
-    return index, data
+        # scipy brings a matrix into the order of its rows by a counting sort, which takes both columns along
+        matrix = coo_array((1 << width, np.iinfo(index.dtype).max), dtype=data.dtype)
+        matrix.coords, matrix.data = (digit, index), data
+        # no entry is to be added to another
+        matrix.has_canonical_format = True
+        matrix = matrix.tocsr()
+        index, data = matrix.indices, matrix.data
+        bounds = matrix.indptr if passes == 1 else None
+    return index, data, bounds
 
 
 def stable_order(value: np.ndarray, bits: int) -> np.ndarray:
@@ -54,17 +56,20 @@ class Ties:
     """The events that share their time with another, among `since` [E]: n of them in g groups."""
 
     def __init__(self, since: np.ndarray):
-        second = np.flatnonzero(since[1:] == since[:-1]) + 1
-        begins = np.diff(second, prepend=-1) > 1
+        second = np.flatnonzero(since[1:] == since[:-1])
+        second += 1
+        begins = np.ones(len(second), bool)
+        np.not_equal(second[1:], second[:-1] + 1, out=begins[1:])
         # before the second event of each group its first comes in between
-        at = np.arange(len(second)) + np.cumsum(begins)
+        at = np.cumsum(begins)
+        at += np.arange(len(second))
         firsts = at[begins] - 1
         self.places = np.empty(len(second) + len(firsts), np.int64)  # [n]
         self.places[at], self.places[firsts] = second, second[begins] - 1
-        self.lasts = np.append(firsts[1:] - 1, len(self.places) - 1)[: len(firsts)]  # [g], among the places
         inner = np.ones(len(self.places), bool)
-        inner[self.lasts] = False
-        self.inner = np.flatnonzero(inner)  # [n - g], the others
+        inner[firsts[1:] - 1] = False
+        inner[-1:] = False
+        self.inner, self.lasts = np.flatnonzero(inner), np.flatnonzero(~inner)  # [n - g], [g], among the places
 
     def moves(self, key: np.ndarray, first: int, last: int) -> np.ndarray:
         """How far each is behind (2 k) or before (2 k - 1) the place that its pixel's number gives it.
