@@ -32,9 +32,9 @@ _MAGIC = b"PSNE"
 # magic, version, 0, width, height, events, pixels, first time, duration, bytes of digits, CRC-32 of what is not it
 _HEADER = struct.Struct("<4sBBHHIIqQII")
 _CRC = struct.Struct("<I")
-# so that the digits that are stored as they are fit into a word of 64 bits wherever they begin: 4,500 years
+# so that the number of digits fits into its six bits of a symbol, and a sum into a word of 64: 4,500 years
 _MOST_US = 1 << 57
-# and their size into a field of 32 bits
+# so that the size of the digits fits into a field of 32 bits
 _MOST_EVENTS = 1 << 29
 _MOST_SIDE = 1 << 15
 # of zstd: higher levels take longer and gain little. For most recordings next to no search for what was there before
