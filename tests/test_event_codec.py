@@ -14,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from psn_train.data.events import EVENT_DTYPE, EventError, Recording, codec, make_events, read_recording
-from psn_train.data.events.codec import decode_events, encode_events, peek
+from psn_train.data.events.codec import decode_events, decode_flat, encode_events, peek
+from psn_train.data.frames.integration import addresses
 
 EVENTS = SHARED / "events"
 KINDS = {"aedat2_dvs128": "*.aedat", "aedat2_davis240": "*.aedat", "dvs_gesture": "*.npz", "nmnist": "*/*/*.bin"}
@@ -42,6 +43,10 @@ def assert_round_trip(recording: Recording) -> bytes:
     assert_same(decoded, recording)
     # what a decoder leaves between the fields is part of what other code hashes
     assert decoded.events.tobytes() == make_events(*(recording.events[n] for n in EVENT_DTYPE.names)).tobytes()
+    flat = decode_flat(data)
+    assert flat.sensor == recording.sensor and len(flat) == len(recording) and flat.address.dtype == np.int32
+    assert np.array_equal(flat.address, addresses(recording.events, recording.sensor))
+    assert np.array_equal(flat.t, recording.events["t"] - recording.events["t"][:1])
     return data
 
 
@@ -92,6 +97,11 @@ def test_any_recording_comes_back(recording):
         pytest.param(random_recording(40, sensor=(1280, 720), longest=1 << 40), id="few events, wide apart"),
         pytest.param(random_recording(140_000, longest=4), id="more than a block of zstd"),
         pytest.param(random_recording(3_000, sensor=(1280, 720), longest=3_000), id="ties on a large sensor"),
+        pytest.param(random_recording(30_000, sensor=(1280, 720), longest=3), id="many ties on a large sensor"),
+        pytest.param(random_recording(30_000, sensor=(32_768, 32_768), longest=9), id="the largest sensor"),
+        pytest.param(random_recording(30_000, longest=1 << 40), id="many events, wide apart"),
+        pytest.param(random_recording(30_000, longest=1 << 16), id="half an hour"),
+        pytest.param(made([9] * 20_000, [1] * 20_000, [2] * 20_000, [0, 1] * 10_000), id="one time and pixel"),
     ],
 )
 def test_unusual_recordings_come_back(recording):
@@ -133,6 +143,8 @@ def test_every_wrong_bit_and_every_cut_is_noticed(count):
             damaged[at] ^= 1 << bit
             with pytest.raises(EventError, match="clip 7"):
                 decode_events(bytes(damaged), "clip 7")
+            with pytest.raises(EventError, match="clip 7"):
+                decode_flat(bytes(damaged), "clip 7")
         with pytest.raises(EventError, match="clip 7"):
             decode_events(data[:at], "clip 7")
     with pytest.raises(EventError, match="damaged or cut"):
@@ -161,7 +173,7 @@ def test_other_bytes_are_refused():
         (b"PSNE\x01", "cut at byte 5"),
         (b"PSNE\x02" + bytes(100), "version 2, wanted 1"),
     ]:
-        for function in (decode_events, peek):
+        for function in (decode_events, decode_flat, peek):
             with pytest.raises(EventError, match=message):
                 function(data)
 

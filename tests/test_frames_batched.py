@@ -12,6 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
 from psn_train.data.events import Recording, make_events
+from psn_train.data.events.codec import decode_flat, encode_events
 from psn_train.data.frames import ROUNDINGS, integrate, integrate_by_duration, voxel_grid
 from psn_train.data.frames import batched as batched
 from psn_train.data.frames.batched import (
@@ -166,6 +167,7 @@ def test_the_path_of_other_devices_is_the_same(monkeypatch):
         torch_repeat.append(total)
         return torch.repeat_interleave(torch.from_numpy(values), lengths, output_size=total)
 
+    monkeypatch.setattr(batched, "_count_on_host", batched._count_on_device)
     monkeypatch.setattr(batched, "_repeat", repeat)
     monkeypatch.setattr(batched, "_zeros", lambda size, dtype, device: torch.zeros(size, dtype=dtype))
     assert_equal_to_the_law(packed, recordings, (4,))
@@ -213,6 +215,19 @@ def test_packing():
     plain = PackedEvents.pack([recording.events for recording in recordings], (7, 5))
     assert plain.t is None and torch.equal(plain.address, packed.address)
     assert plain.to("cpu").t is None and integrate_packed(plain, 4).equal(integrate_packed(packed, 4))
+
+
+def test_flat_recordings_are_packed_as_others():
+    recordings = [item for item in odd_batch() if len(item)]
+    flat = [decode_flat(encode_events(item)) for item in recordings]
+    for with_time in (False, True):
+        ours, theirs = PackedEvents.pack(flat, with_time=with_time), PackedEvents.pack(recordings, with_time=with_time)
+        assert ours.address.dtype == torch.int32 and torch.equal(ours.address, theirs.address)
+        assert ours.sensor == theirs.sensor and np.array_equal(ours.offsets, theirs.offsets)
+        if with_time:
+            assert torch.equal(ours.t, theirs.t) and np.array_equal(ours.durations, theirs.durations)
+    with pytest.raises(ValueError, match="recording 0 of the batch has"):
+        PackedEvents.pack(flat, (1, 1))
 
 
 def test_what_cannot_be_packed_or_integrated():

@@ -335,11 +335,6 @@ def test_extras_are_named_when_they_lack(tmp_path, monkeypatch):
     (tmp_path / "train.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match=r"psn-train\[hf\]"):
         open_source(tmp_path)
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    imagenet(tmp_path / "in", wnids(2))
-    (tmp_path / "in/ILSVRC2012_devkit_t12.tar.gz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"psn-train\[imagenet\]"):
-        open_source(tmp_path / "in")
 
 
 @pytest.mark.skipif(not (SHARED / "imagenet_originals").is_dir(), reason=f"no real photographs in {SHARED}")

@@ -10,8 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from psn_train.data.event_index import sensor_of
-from psn_train.data.events import EVENT_DTYPE, EventError, Recording
-from psn_train.data.events.codec import decode_events
+from psn_train.data.events import EVENT_DTYPE, EventError, FlatRecording, Recording
+from psn_train.data.events.codec import decode_events, decode_flat
 from psn_train.data.frames.batched import PackedEvents
 from psn_train.data.frames.event_drop import event_drop
 from psn_train.data.images import BadSample, decode_label
@@ -27,7 +27,7 @@ class EventSamples:
         self.drops = training and recipe.events.event_drop
         self.sensor = sensor_of(reader.index)
 
-    def read(self, sample_id: int, epoch: int) -> tuple[Recording, int, str]:
+    def read(self, sample_id: int, epoch: int) -> tuple[Recording | FlatRecording, int, str]:
         """(recording, class, key) of a sample; in training EventDrop by (seed, epoch, sample id).
 
         Raises:
@@ -39,7 +39,9 @@ class EventSamples:
             found = ", ".join(sorted(key for key in sample if not key.startswith("__")))
             raise BadSample(f"no recording; members: {found}")
         try:
-            recording = decode_events(sample["events"], sample["__key__"])
+            # EventDrop needs the events one by one
+            decode = decode_events if self.drops else decode_flat
+            recording = decode(sample["events"], sample["__key__"])
         except EventError as error:
             raise BadSample(f"undecodable recording: {error}") from error
         if recording.sensor != self.sensor:
@@ -55,6 +57,6 @@ class EventSamples:
         """What stands in the place of a sample that cannot be evaluated: no events."""
         return Recording(np.zeros(0, EVENT_DTYPE), self.sensor)
 
-    def stack(self, recordings: list[Recording]) -> PackedEvents:
+    def stack(self, recordings: list[Recording | FlatRecording]) -> PackedEvents:
         """One after the other, with their times where frames need them."""
         return PackedEvents.pack(recordings, self.sensor, with_time=self.recipe.events.frames != "number")

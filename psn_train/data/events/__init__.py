@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from psn_train.data.events.readers import FORMATS, parse_recording, read_recording
-from psn_train.data.events.recording import EVENT_DTYPE, REPAIRS, EventError, Recording, make_events
+from psn_train.data.events.recording import EVENT_DTYPE, REPAIRS, EventError, FlatRecording, Recording, make_events
 
 __all__ = [
     "EVENT_DTYPE",
     "FORMATS",
     "REPAIRS",
     "EventError",
+    "FlatRecording",
     "Recording",
     "make_events",
     "parse_recording",

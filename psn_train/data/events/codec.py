@@ -18,24 +18,32 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import zstandard
 
-from psn_train.data.events.recording import EVENT_DTYPE, EventError, Recording
+from psn_train.data.events.digits import leading_digits, pack_digits, parities, unpack_digits
+from psn_train.data.events.ordering import Ties, sort_by_digits
+from psn_train.data.events.recording import EVENT_DTYPE, EventError, FlatRecording, Recording
 
 VERSION = 1
 _MAGIC = b"PSNE"
 # magic, version, 0, width, height, events, pixels, first time, duration, bytes of digits, CRC-32 of what is not it
 _HEADER = struct.Struct("<4sBBHHIIqQII")
 _CRC = struct.Struct("<I")
-# so that the digits that are stored as they are fit into a word of 64 bits wherever they begin: 4,500 years
+# so that the number of digits fits into its six bits of a symbol, and a sum into a word of 64: 4,500 years
 _MOST_US = 1 << 57
-# and their size into a field of 32 bits
+# so that the size of the digits fits into a field of 32 bits
 _MOST_EVENTS = 1 << 29
 _MOST_SIDE = 1 << 15
-# of zstd: higher ones take longer and gain 0.01 bytes an event
+# of zstd: higher levels take longer and gain little. For most recordings next to no search for what was there before
+# loses nothing, and takes a third of the time; so many symbols are tried to know
 _LEVEL = 1
+_QUICK = zstandard.ZstdCompressionParameters(
+    window_log=17, hash_log=6, chain_log=6, search_log=1, min_match=7, strategy=zstandard.STRATEGY_FAST
+)
+_TRIED = 1 << 14
 # what a block of zstd (128 KiB) can shrink to is 4 bytes
 _ZSTD_MOST = 1 << 15
 
@@ -60,39 +68,37 @@ def encode_events(recording: Recording) -> bytes:
         raise EventError(f"{count} events are too many for one recording, wanted fewer than {_MOST_EVENTS}")
     if not count:
         return _pack(recording, 0, b"", [])
-    t, x, y, p = (np.ascontiguousarray(events[name]) for name in ("t", "x", "y", "p"))
-    # as unsigned numbers, negative ones are too large
-    if x.view(np.uint16).max() >= width or y.view(np.uint16).max() >= height or p.max() > 1:
-        raise EventError(f"there are addresses off the sensor of {width} x {height}, or polarities that are not 0 or 1")
-    if (t[1:] < t[:-1]).any():
-        raise EventError("times fall; a recording has its events in the order of time")
-    if recording.duration_us >= _MOST_US:
-        raise EventError(f"it lasts {recording.duration_us} us, wanted less than 2^57; are its times in microseconds?")
-
-    word = _word(recording.duration_us)
-    since = (t - t[0]).astype(word)
-    x_bits = _bits(width - 1)
-    address = y.astype(np.uint32) << x_bits | x.astype(np.uint32)
-    ties = _Ties(since).moves(address)
-    order = _stable_order(address, x_bits + _bits(height - 1))
-    address, since, p = address.take(order), since.take(order), p.take(order)
-    heads = np.concatenate([[0], np.flatnonzero(address[1:] != address[:-1]) + 1])
-    gaps = np.diff(address[heads].astype(np.int64), prepend=-1) - 1
+    since, key = _since_first(recording), _keys(recording)
+    bits = _bits(width - 1) + _bits(height - 1)
+    ties = Ties(since).moves(key, 1, 1 + bits)
+    since, key, bounds = sort_by_digits(since, key, key, 1, 1 + bits)
+    change = key[1:] ^ key[:-1]
+    if bounds is None:
+        heads = np.flatnonzero(np.append(True, change > 1))
+        pixels = key[heads] >> 1
+    else:
+        pixels = np.flatnonzero(bounds[1:] != bounds[:-1])
+        heads = bounds[pixels]
+    gaps = np.diff(pixels, prepend=-1) - 1
     counts = np.diff(heads, append=count)
 
     # 2 more than the time, so that there always is a digit after the leading one
-    value = since.copy()
+    value = since + 2
     value[1:] -= since[:-1]
-    value[heads] = since[heads]
-    value += word(2)
-    below = _lengths(value) - word(2)
-    symbols = (value >> below).astype(np.uint8) & 1
+    value[heads] = since[heads] + 2
+    symbols = leading_digits(value)
+    below = symbols >> 1
+    mask = 1 << below
+    mask -= 1
+    value &= mask
+    digits = pack_digits(value, below.astype(np.uint8))
+    # the lowest place is for whether the polarity is another
     symbols <<= 1
-    symbols[0] |= p[0]
-    symbols[1:] |= p[1:] ^ p[:-1]
-    symbols |= below.astype(np.uint8) << 2
-    digits = _pack_digits(value & ((word(1) << below) - word(1)), below)
-    return _pack(recording, len(heads), digits, [_small(gaps), _small(counts), symbols.tobytes(), _small(ties)])
+    symbols[0] |= key[0] & 1
+    change &= 1
+    symbols[1:] |= change
+    lists = [_small(gaps), _small(counts), symbols.astype(np.uint8).tobytes(), _small(ties)]
+    return _pack(recording, len(heads), digits, lists)
 
 
 def decode_events(data: bytes, where: str = "recording") -> Recording:
@@ -104,13 +110,45 @@ def decode_events(data: bytes, where: str = "recording") -> Recording:
     Raises:
         EventError: these bytes are not a coded recording, or are damaged or cut; a single wrong bit is noticed.
     """
+    # x and y as they are in an event; the polarity is in the last bit, which y has no use for
+    since, pixel, first, sensor = _decode(data, where, lambda x, y, sensor: (x | y << 16, 1 << 31))
+    events = np.empty(len(since), EVENT_DTYPE)
+    halves = events.view("<u8").reshape(-1, 2)
+    t = since.astype(np.int64)
+    t += first
+    halves[:, 0] = t.view(np.uint64)
+    # from bit 31 to bit 32, where an event's polarity is
+    half = pixel.astype(np.uint64)
+    half += pixel & np.uint32(1 << 31)
+    halves[:, 1] = half
+    return Recording(events, sensor)
+
+
+def decode_flat(data: bytes, where: str = "recording") -> FlatRecording:
+    """As `decode_events`, in the form that frames are made of, in less time and memory."""
+    since, address, _, sensor = _decode(data, where, lambda x, y, sensor: (y * sensor[0] + x, sensor[0] * sensor[1]))
+    return FlatRecording(address.view(np.int32), since, sensor)
+
+
+def _decode(data: bytes, where: str, number: Callable) -> tuple[np.ndarray, np.ndarray, int, tuple[int, int]]:
+    """The events in their order.
+
+    Args:
+        number: (x, y of pixels, sensor) -> their numbers, and what is added to that of an event that is ON.
+
+    Returns:
+        since: int32 or int64 [E], us since the first event.
+        numbers: uint32 [E].
+        first: us, the first event's time.
+        sensor: (width, height).
+    """
     header = _read_header(data, where, whole=True)
     _, _, _, width, height, count, pixels, first, duration, num_digits, _ = header
     begin = _HEADER.size + num_digits
     content = _Content(_decompress(memoryview(data)[begin:], count, pixels, where), where)
     if not count:
         content.end()
-        return Recording(np.zeros(0, EVENT_DTYPE), (width, height))
+        return np.zeros(0, np.int32), np.zeros(0, np.uint32), 0, (width, height)
     gaps, counts = content.small(pixels), content.small(pixels)
     symbols = content.take(count)
     address = np.cumsum(gaps + 1) - 1
@@ -119,36 +157,42 @@ def decode_events(data: bytes, where: str = "recording") -> Recording:
     if counts.sum() != count or not counts.all() or x.max() >= width or y.max() >= height:
         raise EventError(f"{where}: its events are not on its sensor; it was not written by this codec")
 
-    word = _word(duration)
-    below = (symbols >> 2).astype(word)
-    ends = np.cumsum(below, dtype=np.int64)
-    if (int(ends[-1]) + 7) // 8 != num_digits:
-        raise EventError(f"{where}: {num_digits} bytes of digits, wanted {(int(ends[-1]) + 7) // 8}")
-    since = _unpack_digits(data, num_digits, ends - below.astype(np.int64), below)
-    leading = (symbols >> 1 & 1).astype(word) + word(2)
-    since += (leading << below) - word(2)
+    word, signed = _words(duration)
+    below = symbols // 4
+    if below.max() > _bits(duration):
+        raise EventError(f"{where}: a time is longer than {duration} us; it was not written by this codec")
+    try:
+        value = unpack_digits(memoryview(data)[_HEADER.size : begin], below, word)
+    except ValueError as error:
+        raise EventError(f"{where}: {error}") from None
+    leading = (symbols // 2).astype(word)
+    leading &= word(1)
+    leading |= word(2)
+    leading <<= below.astype(word)
+    value += leading
+    value -= word(2)
     # each pixel's times start anew
-    since = np.cumsum(since, dtype=word)
+    since = np.cumsum(value, out=value)
     starts = np.cumsum(counts)[:-1]
-    since -= np.concatenate([np.zeros(1, word), since[starts - 1]]).repeat(counts)
-    # the second half of an event: x, y, p
-    half = (x | y << 16).astype(np.uint64).repeat(counts)
-    half |= _parities(symbols & 1).astype(np.uint64) << np.uint64(32)
-
-    order = _stable_order(since, _bits(duration))
-    since, half = since.take(order), half.take(order)
-    if int(since[0]) != 0 or int(since[-1]) != duration:
+    since -= np.append(word(0), since[starts - 1]).repeat(counts)
+    if int(since.max()) != duration:
         raise EventError(f"{where}: its events do not last {duration} us; it was not written by this codec")
+    numbers, step = number(x, y, (width, height))
+    numbers = numbers.astype(np.uint32).repeat(counts)
+    on = parities(symbols & 1).astype(np.uint32)
+    on *= np.uint32(step)
+    numbers += on
+
+    since = since.view(signed)
+    since, numbers, _ = sort_by_digits(since, numbers, since, 0, _bits(duration))
+    if since[0] != 0:
+        raise EventError(f"{where}: its first event is not at its begin; it was not written by this codec")
     if not content.at_end():
-        ties = _Ties(since)
-        if not ties.restore(content.small(int((~ties.is_last).sum())), half):
+        ties = Ties(since)
+        if not ties.restore(content.small(len(ties.inner)), numbers):
             raise EventError(f"{where}: events of equal times have no order; it was not written by this codec")
     content.end()
-    # the same bytes as EVENT_DTYPE, in fewer steps
-    halves = np.empty((count, 2), "<u8")
-    np.add(since, np.uint64(first % (1 << 64)), out=halves[:, 0], dtype=np.uint64)
-    halves[:, 1] = half
-    return Recording(halves.view(EVENT_DTYPE).reshape(count), (width, height))
+    return since, numbers, first, (width, height)
 
 
 def peek(data: bytes, where: str = "recording") -> tuple[int, tuple[int, int], int]:
@@ -165,105 +209,41 @@ def _bits(number: int) -> int:
     return int(number).bit_length()
 
 
-def _word(duration: int) -> type:
-    """The type that times are computed in. 32 bits must hold up to 25 digits from any bit of a byte on."""
-    return np.uint32 if duration < 1 << 26 else np.uint64
+def _words(duration: int) -> tuple[type, type]:
+    """The types, unsigned and signed, that times are computed in."""
+    return (np.uint32, np.int32) if duration < 1 << 30 else (np.uint64, np.int64)
 
 
-def _lengths(value: np.ndarray) -> np.ndarray:
-    """Binary digits of each number, at least 1: from the exponent of a float that cannot be rounded up."""
-    floats = (value & ~(value >> value.dtype.type(1))).astype(np.float64)
-    return ((floats.view(np.uint64) >> np.uint64(52)) - np.uint64(1022)).astype(value.dtype)
+def _since_first(recording: Recording) -> np.ndarray:
+    """Time since the first event, int32 or int64 [E]. EventError if it falls or is too long."""
+    t = np.ascontiguousarray(recording.events["t"])
+    if (t[1:] < t[:-1]).any():
+        raise EventError("times fall; a recording has its events in the order of time")
+    duration = recording.duration_us
+    if duration >= _MOST_US:
+        raise EventError(f"it lasts {duration} us, wanted less than 2^57; are its times in microseconds?")
+    if _words(duration)[1] == np.int64:
+        return t - t[0]
+    low = t.view("<u4")[::2]
+    return (low - low[0]).view(np.int32)
 
 
-def _stable_order(value: np.ndarray, bits: int) -> np.ndarray:
-    """Stable argsort of numbers of that many bits. numpy sorts 16 bits by radix, four times as fast as others."""
-    order = np.argsort(value.astype(np.uint16), kind="stable")
-    for shift in range(16, bits, 16):
-        digit = (value >> value.dtype.type(shift)).astype(np.uint16)
-        order = order.take(np.argsort(digit.take(order), kind="stable"))
-    return order
-
-
-def _pack_digits(low: np.ndarray, sizes: np.ndarray) -> bytes:
-    """The `sizes` [E] lowest binary digits of `low` [E], without gaps. `low` has no others."""
-    sizes = sizes.astype(np.int64)
-    ends = np.cumsum(sizes)
-    begin = ends - sizes
-    at, shift = begin >> 6, (begin & 63).astype(np.uint64)
-    # in a word no two digits share a place, so that a sum modulo 2^64 puts them together
-    sums = np.cumsum(low.astype(np.uint64) << shift, dtype=np.uint64)
-    last = np.append(np.flatnonzero(at[1:] != at[:-1]), len(low) - 1)
-    words = np.zeros((int(ends[-1]) >> 6) + 2, "<u8")
-    words[at[last]] = np.diff(sums[last], prepend=np.uint64(0))
-    # the last number that begins in a word may end in the next
-    last = last[(begin[last] & 63) + sizes[last] > 64]
-    words[at[last] + 1] |= low[last].astype(np.uint64) >> (np.uint64(64) - shift[last])
-    return words.tobytes()[: (int(ends[-1]) + 7) // 8]
-
-
-def _unpack_digits(data: bytes, num_bytes: int, begin: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Numbers of `sizes` [E] digits that begin at the bits `begin` [E] of the digits in `data`; type of `sizes`."""
-    word = sizes.dtype.type
-    # a word from every byte on; what follows the digits in the data is longer than a word
-    words = np.ndarray((num_bytes + 1,), sizes.dtype.newbyteorder("<"), data, _HEADER.size, (1,)).astype(word)
-    shift = (begin & 7).astype(word)
-    return words.take(begin >> 3) >> shift & ((word(1) << sizes) - word(1))
-
-
-def _parities(flips: np.ndarray) -> np.ndarray:
-    """Running sums modulo 2 of numbers that are 0 or 1: uint8 [E] -> uint8 [E]. 64 of them at a time."""
-    packed = np.packbits(flips, bitorder="little")
-    words = np.zeros((len(packed) + 7) // 8, "<u8")
-    words.view(np.uint8)[: len(packed)] = packed
-    for shift in (1, 2, 4, 8, 16, 32):
-        words ^= words << np.uint64(shift)
-    odd = np.cumsum(words >> np.uint64(63)) & np.uint64(1)
-    words[1:] ^= np.uint64(0) - odd[:-1]
-    return np.unpackbits(words.view(np.uint8), count=len(flips), bitorder="little")
-
-
-class _Ties:
-    """The events that share their time with another, among `since` [E]: n of them in g groups."""
-
-    def __init__(self, since: np.ndarray):
-        equal = np.zeros(len(since) + 1, bool)
-        np.equal(since[1:], since[:-1], out=equal[1:-1])
-        self.places = np.flatnonzero(equal[1:] | equal[:-1])  # [n]
-        self.is_last = ~equal[1:][self.places]  # [n]
-
-    def moves(self, address: np.ndarray) -> np.ndarray:
-        """How far each is behind (2 k) or before (2 k - 1) the place that its pixel's number gives it.
-
-        In the order of the pixels; without the last event of each group, whose place is what is left. Empty where all
-        are in that order.
-        """
-        if not len(self.places):
-            return self.places
-        order = _stable_order(address[self.places], 32)
-        group = np.cumsum(self.is_last) - self.is_last
-        order = order.take(_stable_order(group.take(order), _bits(group[-1])))
-        moves = order - np.arange(len(order))
-        if not moves.any():
-            return moves[:0]
-        moves = moves[~self.is_last]
-        return np.where(moves >= 0, 2 * moves, -2 * moves - 1)
-
-    def restore(self, stored: np.ndarray, half: np.ndarray) -> bool:
-        """Put `half` [E] from the order of the pixels into the one that `moves` wrote down; False if it is none."""
-        moves = np.zeros(len(self.places), np.int64)
-        moves[~self.is_last] = (stored >> 1) ^ -(stored & 1)
-        sums = np.append(np.int64(0), np.cumsum(moves)[self.is_last])
-        moves[self.is_last] = sums[:-1] - sums[1:]
-        target = np.arange(len(moves)) + moves
-        if not len(target) or target.min() < 0 or target.max() >= len(target):
-            return False
-        seen = np.zeros(len(target), bool)
-        seen[target] = True
-        if not seen.all():
-            return False
-        half[self.places[target]] = half[self.places]
-        return True
+def _keys(recording: Recording) -> np.ndarray:
+    """Polarity, and above it the number of the pixel: int32 [E]. EventError if an event is not on the sensor."""
+    width, height = recording.sensor
+    columns = np.ascontiguousarray(recording.events).view("<u4").reshape(-1, 4)
+    p = columns.view(np.uint8)[:, 12].astype(np.uint8)
+    # as unsigned numbers, negative ones are too large
+    y = columns[:, 2].astype(np.uint32)
+    x = y & 0xFFFF
+    y >>= 16
+    if x.max() >= width or y.max() >= height or p.max() > 1:
+        raise EventError(f"there are addresses off the sensor of {width} x {height}, or polarities that are not 0 or 1")
+    y <<= _bits(width - 1)
+    y |= x
+    y <<= 1
+    y |= p
+    return y.view(np.int32)
 
 
 def _small(numbers: np.ndarray) -> bytes:
@@ -302,7 +282,7 @@ class _Content:
 
 
 def _pack(recording: Recording, pixels: int, digits: bytes, lists: list[bytes]) -> bytes:
-    compressor = zstandard.ZstdCompressor(level=_LEVEL).compressobj(size=sum(map(len, lists)))
+    compressor = _compressor(max(lists, key=len, default=b"")).compressobj(size=sum(map(len, lists)))
     frame = []
     for part in filter(None, lists):
         # blocks of its own, and so a Huffman code of its own
@@ -311,9 +291,19 @@ def _pack(recording: Recording, pixels: int, digits: bytes, lists: list[bytes]) 
     events, (width, height) = recording.events, recording.sensor
     first = int(events["t"][0]) if len(events) else 0
     numbers = (VERSION, 0, width, height, len(events), pixels, first, recording.duration_us, len(digits))
-    data = b"".join([_HEADER.pack(_MAGIC, *numbers, 0)[: -_CRC.size], digits, *frame])
-    start = _HEADER.size - _CRC.size
-    return b"".join([data[:start], _CRC.pack(zlib.crc32(data)), data[start:]])
+    begin, crc = _HEADER.pack(_MAGIC, *numbers, 0)[: -_CRC.size], 0
+    for part in (begin, digits, *frame):
+        crc = zlib.crc32(part, crc)
+    return b"".join([begin, _CRC.pack(crc), digits, *frame])
+
+
+def _compressor(symbols: bytes) -> zstandard.ZstdCompressor:
+    usual = zstandard.ZstdCompressor(level=_LEVEL)
+    if len(symbols) <= _TRIED:
+        return usual
+    middle = (len(symbols) - _TRIED) // 2
+    quick, tried = zstandard.ZstdCompressor(compression_params=_QUICK), symbols[middle : middle + _TRIED]
+    return quick if len(quick.compress(tried)) < 1.05 * len(usual.compress(tried)) else usual
 
 
 def _read_header(data: bytes, where: str, whole: bool) -> tuple:

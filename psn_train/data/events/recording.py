@@ -43,6 +43,24 @@ class Recording:
         return int(self.events["t"][-1]) - int(self.events["t"][0]) if len(self.events) else 0
 
 
+@dataclass(frozen=True)
+class FlatRecording:
+    """A recording's events by their places in a frame, which take a quarter to a half of the memory.
+
+    Attributes:
+        address: int32 [E], (p * H + y) * W + x.
+        t: int32 or int64 [E], us since the first event.
+        sensor: (width, height) in pixels.
+    """
+
+    address: np.ndarray
+    t: np.ndarray
+    sensor: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.address)
+
+
 # every repair there is; a reader makes no other
 REPAIRS = {
     "wraps": "times when the camera's clock started anew; what follows was moved on by its range",

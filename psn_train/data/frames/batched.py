@@ -15,13 +15,14 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from psn_train.data.batched_augment import to_device
-from psn_train.data.events import Recording
+from psn_train.data.events import FlatRecording, Recording
 from psn_train.data.frames.integration import (
     addresses,
     bounded_frames,
@@ -76,7 +77,7 @@ class PackedEvents:
     @classmethod
     def pack(
         cls,
-        recordings: Sequence[Recording | np.ndarray],
+        recordings: Sequence[Recording | FlatRecording | np.ndarray],
         sensor: tuple[int, int] | None = None,
         with_time: bool = False,
     ) -> PackedEvents:
@@ -90,27 +91,32 @@ class PackedEvents:
             ValueError: sensors differ, none is known, or an event is off the sensor.
         """
         sensor = _common_sensor(recordings, sensor)
-        parts = [item.events if isinstance(item, Recording) else item for item in recordings]
-        offsets = np.zeros(len(parts) + 1, dtype=np.int64)
-        np.cumsum([len(part) for part in parts], out=offsets[1:])
+        offsets = np.zeros(len(recordings) + 1, dtype=np.int64)
+        np.cumsum([len(item) for item in recordings], out=offsets[1:])
         address = np.empty(offsets[-1], dtype=np.int32)
         t = np.empty(offsets[-1], dtype=np.int64) if with_time else None
-        durations = np.zeros(len(parts), dtype=np.int64) if with_time else None
-        for n, (item, part) in enumerate(zip(recordings, parts, strict=True)):
-            if not isinstance(item, Recording):
-                check_addresses(part, sensor, f"packed events, recording {n} of the batch")
+        durations = np.zeros(len(recordings), dtype=np.int64) if with_time else None
+        for n, item in enumerate(recordings):
             here = slice(offsets[n], offsets[n + 1])
-            address[here] = addresses(part, sensor)
-            if with_time and len(part):
-                np.subtract(part["t"], part["t"][0], out=t[here])
-                durations[n] = part["t"][-1] - part["t"][0]
+            if isinstance(item, FlatRecording):
+                address[here], times = item.address, item.t
+            else:
+                if not isinstance(item, Recording):
+                    check_addresses(item, sensor, f"packed events, recording {n} of the batch")
+                events = item.events if isinstance(item, Recording) else item
+                address[here], times = addresses(events, sensor), events["t"]
+            if with_time and len(item):
+                np.subtract(times, times[0], out=t[here])
+                durations[n] = times[-1] - times[0]
         return cls(torch.from_numpy(address), None if t is None else torch.from_numpy(t), offsets, sensor, durations)
 
 
-def _common_sensor(recordings: Sequence[Recording | np.ndarray], sensor: tuple[int, int] | None) -> tuple[int, int]:
+def _common_sensor(
+    recordings: Sequence[Recording | FlatRecording | np.ndarray], sensor: tuple[int, int] | None
+) -> tuple[int, int]:
     where = "the sensor given"
     for n, item in enumerate(recordings):
-        if not isinstance(item, Recording):
+        if isinstance(item, np.ndarray):
             continue
         if sensor is None:
             sensor, where = item.sensor, f"recording {n} of the batch"
@@ -198,11 +204,27 @@ def _count(packed: PackedEvents, begins: torch.Tensor) -> torch.Tensor:
     """Counts float32 [T, N, 2, H, W] of the events of each frame; `begins` as `_lengths` takes them."""
     width, height = packed.sensor
     count, T, size = len(packed), begins.shape[1] - 1, 2 * height * width
+    counting = _count_on_host if packed.device.type == "cpu" else _count_on_device
+    return counting(packed, begins, size)[: T * count].view(T, count, 2, height, width)
+
+
+def _count_on_host(packed: PackedEvents, begins: torch.Tensor, size: int) -> torch.Tensor:
+    """Frame by frame, float32 [T * N, size], in half the time that `_count_on_device` takes here."""
+    address, (count, edges) = packed.address.numpy(), begins.shape
+    frames = np.empty(((edges - 1) * count, size), dtype=np.float32)
+    for n, row in enumerate(begins.tolist()):
+        for frame, (begin, end) in enumerate(pairwise(row)):
+            frames[frame * count + n] = np.bincount(address[begin:end], minlength=size) if begin < end else 0
+    return torch.from_numpy(frames)
+
+
+def _count_on_device(packed: PackedEvents, begins: torch.Tensor, size: int) -> torch.Tensor:
+    """All in one pass, float32 [T * N + 1, size]; in the last are those that belong to no frame."""
     places = _places(packed, _lengths(packed, begins), size).add_(packed.address)
-    frames = _zeros((T * count + 1) * size, torch.float32, packed.device)
+    frames = _zeros(((begins.shape[1] - 1) * len(packed) + 1) * size, torch.float32, packed.device)
     # whole numbers: exact in any order up to 2^24 events of one pixel
     frames.index_add_(0, places, torch.ones((), device=packed.device).expand(len(places)))
-    return frames[: T * count * size].view(T, count, 2, height, width)
+    return frames.view(-1, size)
 
 
 def integrate_packed(packed: PackedEvents, T: int, by: str = "number", rounding: str = "spikingjelly") -> torch.Tensor:

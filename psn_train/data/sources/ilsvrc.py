@@ -203,13 +203,9 @@ def _labels_by_name(path: Path, lines: list[list[str]], names: list[str]) -> lis
 
 def _devkit_labels(path: Path) -> list[str]:
     """wnids in the order of the images' names, from the ground truth and meta.mat of the development kit."""
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise ValueError(
-            "reading the development kit needs scipy: pip install 'psn-train[imagenet]'. "
-            "Or name a text file of labels with --val-labels"
-        ) from error
+    # here, for it takes long to import
+    from scipy.io import loadmat
+
     wanted = {"ILSVRC2012_validation_ground_truth.txt": b"", "meta.mat": b""}
     try:
         with tarfile.open(path) as archive:
