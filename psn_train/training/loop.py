@@ -86,10 +86,10 @@ def train(recipe: Recipe) -> int:
         """True where the selected figure is the best so far."""
         begin = time.monotonic()
         run.stop.settle()
-        run.average_batch_norm()
         firing = recipe.log.firing_rates
         # hooks count the spikes, and a compiled graph would not call them
-        with torch.compiler.set_stance("force_eager" if firing else "default"):
+        stance = torch.compiler.set_stance("force_eager" if firing else "default")
+        with stance, run.averaged_batch_norm():
             results = {
                 which: evaluate(network, recipe, select_loader, device=device, firing=firing, stop=run.stop)
                 for which, network in run.networks()

@@ -10,6 +10,7 @@ runs/NAME/
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import time
@@ -249,12 +250,23 @@ class Run:
                 f"{self.recipe.data.max_bad_samples}; each rank's output names its own"
             )
 
-    def average_batch_norm(self) -> None:
-        """One set of batch norm statistics for all ranks: their mean."""
-        for _, network in self.networks():
+    @contextlib.contextmanager
+    def averaged_batch_norm(self) -> Iterator[None]:
+        """One set of batch norm statistics for all ranks, their mean; afterwards each has its own again.
+
+        So an evaluation leaves no trace, and a run that was evaluated where it was cut ends as one that was not cut.
+        """
+        own = []
+        for _, network in self.networks() if self.plan.world_size > 1 else ():
             buffers = dict(network.named_buffers())
             for name, value in average_batch_norm(network).items():
+                own.append((buffers[name], buffers[name].clone()))
                 buffers[name].copy_(value)
+        try:
+            yield
+        finally:
+            for buffer, value in own:
+                buffer.copy_(value)
 
     def evaluation_due(self, ended: int | None, last: bool) -> bool:
         if ended is None or self.results.selected_on is None:
