@@ -14,12 +14,11 @@ from psn_train.training.checkpoint import (
     find_checkpoint,
     is_whole,
     last_checkpoint,
-    load_optimizer_by_name,
-    optimizer_by_name,
     read_best,
     read_checkpoint,
     save_checkpoint,
 )
+from psn_train.training.optimizer_state import load_optimizer_by_name, optimizer_by_name
 from psn_train.training.runtime import RankState
 
 

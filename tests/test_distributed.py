@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,19 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def launch(document: dict, folder: Path, processes: int, *, before: str = "", wait: bool = True):
-    """`accelerate launch` as the README shows it, on CPU processes: (status, output), or the running process."""
+def launch(
+    document: dict, folder: Path, processes: int, *, before: str = "", wait: bool = True, engine: Sequence[str] = ()
+):
+    """`accelerate launch` as the README shows it, on CPU processes: (status, output), or the running process.
+
+    `engine` are the launcher's flags for DeepSpeed.
+    """
     recipe = folder / "launched.yaml"
     # YAML 1.2 has JSON in it
     recipe.write_text(json.dumps({key: value for key, value in document.items() if value is not None}))
     flags = ["--num_machines", "1", "--num_processes", str(processes), "--main_process_port", str(free_port())]
-    flags += ["--mixed_precision", "no", "--dynamo_backend", "no"] + (["--multi_gpu"] if processes > 1 else [])
+    flags += ["--dynamo_backend", "no"] + list(engine or ["--mixed_precision", "no"])
+    flags += ["--multi_gpu"] if processes > 1 and not engine else []
     if before:
         script = folder / "patched.py"
         script.write_text(
@@ -201,11 +208,11 @@ def test_signal_to_one_rank_stops_all_and_loses_nothing(small, tmp_path):
     assert len(meta["recipe"]) and check_recipe(meta["recipe"]).seed == 1
 
 
-def test_world_size_that_does_not_divide_is_refused_by_every_rank(small, tmp_path):
-    document = small("odd", data={"global_batch_size": 25})
+def test_more_processes_than_samples_are_refused_by_every_rank(small, tmp_path):
+    document = small("odd", data={"global_batch_size": 1})
     status, output = launch(document, tmp_path, 2)
     assert status != 0
-    assert "does not divide over 2 devices" in output and "Traceback" not in output.split("psn:")[0]
+    assert "do not give each of 2 devices one" in output and "Traceback" not in output.split("psn:")[0]
 
 
 def test_a_typo_is_reported_by_the_launcher_too(small, tmp_path):

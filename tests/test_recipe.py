@@ -296,15 +296,32 @@ def test_plan_keeps_the_global_batch(batch, world, bound, samples, epochs, hold_
         with pytest.raises(PlanError, match=f"{held_out} held-out samples, but the training shards have {samples} in"):
             make_plan(recipe, world_size=world, train_samples=samples)
         return
-    if batch % world:
-        with pytest.raises(PlanError, match=f"does not divide over {world} devices"):
+    if batch < world:
+        with pytest.raises(PlanError, match=f"do not give each of {world} devices one"):
+            make_plan(recipe, world_size=world, train_samples=samples)
+        return
+    if batch % world and batch // world < -(-(batch // world + 1) // min(bound or batch, batch // world + 1)):
+        with pytest.raises(PlanError, match="cannot both be cut into"):
             make_plan(recipe, world_size=world, train_samples=samples)
         return
     plan = make_plan(recipe, world_size=world, train_samples=samples)
     assert (plan.train_samples, plan.held_out) == (samples - held_out, held_out)
     samples = plan.train_samples
-    assert plan.micro_batch_size * plan.grad_accum_steps * world == batch
+    assert plan.even == (batch % world == 0)
+    if plan.even:
+        assert plan.micro_batch_size * plan.grad_accum_steps * world == batch
     assert plan.micro_batch_size <= (bound or batch)
+    # the micro-batches of all ranks tile the stream: each sample of a global batch once, in the stream's order
+    accumulated = plan.grad_accum_steps
+    for step in (0, 3):
+        micros = [
+            plan.micro_batch(rank, step * accumulated + number)
+            for rank in range(world)
+            for number in range(accumulated)
+        ]
+        assert [at for micro in micros for at in micro] == list(range(step * batch, (step + 1) * batch))
+        sizes = [len(micro) for micro in micros]
+        assert min(sizes) >= 1 and max(sizes) == plan.micro_batch_size
     assert (plan.total_steps - 1) * batch < epochs * samples <= plan.total_steps * batch
     ends = [plan.epoch_ended_by(step) for step in range(1, plan.total_steps + 1)]
     ended = [end for end in ends if end is not None]

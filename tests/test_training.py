@@ -4,6 +4,7 @@ import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,6 +240,7 @@ def test_accumulation_equals_one_large_batch_without_batch_norm(small):
     from psn_train.data.stream import TrainStream
     from psn_train.recipe import make_plan
     from psn_train.training.build import build_model
+    from psn_train.training.engine import DataParallel
     from psn_train.training.inputs import TrainInputs
     from psn_train.training.optim import build_optimizer
     from psn_train.training.step import Updater
@@ -253,8 +255,10 @@ def test_accumulation_equals_one_large_batch_without_batch_norm(small):
         model = build_model(recipe, 10).double().eval()
         optimizer = build_optimizer(model, recipe)
         inputs = TrainInputs(recipe, 10, device)
+        alone = SimpleNamespace(device=device, num_processes=1, prepare=lambda network: network)
+        engine = DataParallel(recipe, model, optimizer, alone)
         updater = Updater(
-            recipe, plan, model, optimizer, lambda b, y, m, r, a=inputs: (a(b, y, m, r)[0].double(), y, None), device
+            recipe, plan, engine, lambda b, y, position, a=inputs: (a(b, y, position)[0].double(), y, None), device
         )
         stream = TrainStream(recipe, plan, reader, 0)
         for step in range(3):
@@ -290,8 +294,15 @@ def test_ann_weights_start_the_run_and_the_account_is_printed(small, tmp_path, c
 def test_devices_that_do_not_divide_the_batch(small):
     from psn_train.recipe import PlanError, make_plan
 
-    with pytest.raises(PlanError, match=r"24 does not divide over 5 devices. It divides over 4, 6, 8|3, 4, 6"):
-        make_plan(check_recipe(small()), world_size=5, train_samples=150)
+    plan = make_plan(check_recipe(small()), world_size=5, train_samples=150)
+    assert [len(plan.micro_batch(rank, 7)) for rank in range(5)] == [4, 5, 5, 5, 5] and not plan.even
+    with pytest.raises(PlanError, match=r"24 samples do not give each of 25 devices one. Start at most 24 processes"):
+        make_plan(check_recipe(small()), world_size=25, train_samples=150)
+    pairs = check_recipe(small(augment={"mixup": 0.2}))
+    plan = make_plan(pairs, world_size=5, train_samples=150)
+    assert [len(plan.micro_batch(rank, 0)) for rank in range(5)] == [4, 4, 6, 4, 6]
+    with pytest.raises(PlanError, match=r"12 pairs of samples to mix do not give each of 13 devices one"):
+        make_plan(pairs, world_size=13, train_samples=150)
 
 
 def test_unknown_architectures_and_arguments(small):

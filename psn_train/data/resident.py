@@ -123,10 +123,9 @@ class ResidentTrainStream(TrainStream):
         draws = draw(self.recipe, epochs, rows)
         images = augment_images(resident.images, draws, interpolation=self.recipe.augment.interpolation, rows=rows)
         targets = resident.targets.index_select(0, to_device(rows, resident.device))
-        length = self.plan.micro_batch_size
-        batches = []
-        for number, (epochs, ids) in enumerate(positions):
-            here = slice(number * length, (number + 1) * length)
+        batches, end = [], 0
+        for epochs, ids in positions:
+            here = slice(end, end := end + len(ids))
             keys = [resident.keys[row] for row in rows[here].tolist()]
             bad = [resident.bad[sample_id] for sample_id in ids[resident.unreadable[ids]].tolist()]
             batches.append(Batch(images[here], targets[here], ids, epochs, keys, bad))

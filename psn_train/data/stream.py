@@ -103,20 +103,16 @@ class TrainStream(Dataset):
         return self.plan.total_steps * self.plan.grad_accum_steps
 
     def positions(self, micro_step: int) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs, sample ids) of a micro-batch, int64 [micro_batch_size] each."""
-        plan, data = self.plan, self.recipe.data
-        step, accumulated = divmod(micro_step, plan.grad_accum_steps)
-        # a rank's share of the global batch is contiguous, so neither ranks nor accumulation change what is in it
-        start = step * plan.global_batch_size
-        start += (self.rank * plan.grad_accum_steps + accumulated) * plan.micro_batch_size
+        """(epochs, sample ids) of a micro-batch, int64 [its size] each."""
+        data, taken = self.recipe.data, self.plan.micro_batch(self.rank, micro_step)
         return stream_positions(
-            start,
-            plan.micro_batch_size,
+            taken.start,
+            len(taken),
             self.shard_sizes,
             seed=self.recipe.seed,
             shuffle=data.shuffle,
             streams=data.streams,
-            hold_out=plan.held_out,
+            hold_out=self.plan.held_out,
             hold_out_seed=data.hold_out_seed,
         )
 

@@ -127,6 +127,7 @@ class Plan:
     world_size: int
     global_batch_size: int
     micro_batch_size: int
+    """The largest of any device."""
     grad_accum_steps: int
     train_samples: int
     """Samples that are trained on, each once an epoch."""
@@ -136,6 +137,28 @@ class Plan:
     """Updates an epoch; not a whole number unless the batch divides the samples: a batch may span two epochs."""
     total_steps: int
     epochs: float
+
+    unit: int = 1
+    """Samples that stay together: 2 where pairs are mixed."""
+
+    @property
+    def even(self) -> bool:
+        """True where every device has equally many samples of a global batch."""
+        return self.global_batch_size % (self.world_size * self.unit) == 0
+
+    def micro_batch(self, rank: int, micro_step: int) -> range:
+        """Positions in the training stream of a rank's micro-batch `micro_step`, counted from the start of training.
+
+        A rank's share of the global batch is contiguous, and so is a micro-batch's of the share: neither ranks nor
+        accumulation change what is in a global batch. Where it does not divide, shares differ by at most a unit.
+        """
+        step, accumulated = divmod(micro_step, self.grad_accum_steps)
+        units = self.global_batch_size // self.unit
+        start, stop = (units * number // self.world_size for number in (rank, rank + 1))
+        share = stop - start
+        first, last = (start + share * number // self.grad_accum_steps for number in (accumulated, accumulated + 1))
+        begin = step * self.global_batch_size
+        return range(begin + first * self.unit, begin + last * self.unit)
 
     def epoch_of(self, step: int) -> int:
         """The epoch (from 0) that the first sample of update `step` (from 0) belongs to."""
@@ -178,32 +201,43 @@ def make_plan(recipe: Recipe, *, world_size: int, train_samples: int) -> Plan:
     `train_samples` are those of the training shards, before any are held out.
 
     The global batch is the recipe's at any number of devices. The micro-batch of a device is the largest that divides
-    its share of the global batch and is not above `data.max_batch_per_device`; the rest is accumulation.
+    its share of the global batch and is not above `data.max_batch_per_device`; the rest is accumulation. Where the
+    global batch does not divide over the devices, shares differ by one sample (by a pair where pairs are mixed), and
+    each sample has the same weight in the gradient as elsewhere.
 
     Raises:
-        PlanError: the global batch does not divide over the devices, in which case the message names the numbers that
-            would; or no sample is left to train on.
+        PlanError: there are fewer samples in the global batch than devices, or no sample is left to train on.
     """
     data, schedule = recipe.data, recipe.schedule
     held_out = held_out_samples(data, train_samples)
     train_samples -= held_out
     batch = data.global_batch_size
-    if batch % world_size:
-        fitting = [w for w in range(1, batch + 1) if batch % w == 0]
-        near = sorted(fitting, key=lambda w: (abs(w - world_size), w))[:3]
+    # mixup and cutmix mix the samples of a micro-batch in pairs
+    unit = 2 if recipe.augment.mixup > 0 or recipe.augment.cutmix > 0 else 1
+    units, what = batch // unit, "samples" if unit == 1 else "pairs of samples to mix"
+    if units < world_size:
         raise PlanError(
-            f"data.global_batch_size = {batch} does not divide over {world_size} devices. It divides over "
-            f"{', '.join(map(str, sorted(near)))}; or set data.global_batch_size to a multiple of {world_size}, "
-            f"such as {max(1, round(batch / world_size)) * world_size}."
+            f"data.global_batch_size = {batch}: {units} {what} do not give each of {world_size} devices one. "
+            f"Start at most {units} processes, or set it to at least {world_size * unit}."
         )
-    share = batch // world_size
-    bound = min(data.max_batch_per_device or share, share)
-    micro = next(size for size in range(bound, 0, -1) if share % size == 0)
-    if (recipe.augment.mixup > 0 or recipe.augment.cutmix > 0) and micro % 2:
+    most, least = -(-units // world_size), units // world_size
+    bound = min((data.max_batch_per_device or batch) // unit, most)
+    if bound < 1:
         raise PlanError(
-            f"mixup and cutmix need an even batch on each device, and {batch} samples on {world_size} devices with "
-            f"at most {bound} at a time give {micro}. Change data.global_batch_size or data.max_batch_per_device."
+            f"data.max_batch_per_device = {data.max_batch_per_device}: mixup and cutmix need pairs; set it to 2 or more"
         )
+    if most == least:
+        micro = next(size for size in range(bound, 0, -1) if most % size == 0)
+        accumulated = most // micro
+    else:
+        accumulated = -(-most // bound)
+        micro = -(-most // accumulated)
+        if least < accumulated:
+            raise PlanError(
+                f"data.max_batch_per_device = {data.max_batch_per_device}: shares of {least * unit} and {most * unit} "
+                f"samples on {world_size} devices cannot both be cut into {accumulated} micro-batches. Set it to at "
+                f"least {most * unit}, or data.global_batch_size to a multiple of {world_size * unit}."
+            )
     if schedule.steps is not None:
         total = schedule.steps
         epochs = total * batch / train_samples
@@ -213,11 +247,12 @@ def make_plan(recipe: Recipe, *, world_size: int, train_samples: int) -> Plan:
     return Plan(
         world_size=world_size,
         global_batch_size=batch,
-        micro_batch_size=micro,
-        grad_accum_steps=share // micro,
+        micro_batch_size=micro * unit,
+        grad_accum_steps=accumulated,
         train_samples=train_samples,
         held_out=held_out,
         steps_per_epoch=train_samples / batch,
         total_steps=total,
         epochs=epochs,
+        unit=unit,
     )

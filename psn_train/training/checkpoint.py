@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from psn_train.training.runtime import RankState
 
@@ -46,50 +45,6 @@ class Checkpoint:
     optimizer: dict
     ranks: list[RankState] = field(default_factory=list)
     path: Path | None = None
-
-
-def optimizer_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict:
-    """{"tensors": {"conv1.weight|momentum_buffer": ...}, "scalars": {...}} of an optimiser's state.
-
-    What some optimisers (timm's Lamb) count in their groups goes under "group 0|step"; what the recipe sets does not.
-    """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    owners = {names[id(parameter)]: state for parameter, state in optimizer.state.items()}
-    set_by_recipe = {*optimizer.defaults, "params", "group_name", "lr", "lr_scale", "initial_lr"}
-    for number, group in enumerate(optimizer.param_groups):
-        owners[f"group {number}"] = {key: value for key, value in group.items() if key not in set_by_recipe}
-    flat = {f"{owner}|{key}": value for owner, state in owners.items() for key, value in state.items()}
-    tensors = {key: value for key, value in flat.items() if isinstance(value, torch.Tensor)}
-    return {"tensors": tensors, "scalars": {key: value for key, value in flat.items() if key not in tensors}}
-
-
-def load_optimizer_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict) -> None:
-    """Put a state of `optimizer_by_name` back.
-
-    Raises:
-        CheckpointError: it names parameters that the model does not have.
-    """
-    parameters = dict(model.named_parameters())
-    for joined, value in {**saved["tensors"], **saved["scalars"]}.items():
-        owner, _, key = joined.rpartition("|")
-        if owner.startswith("group "):
-            optimizer.param_groups[int(owner.removeprefix("group "))][key] = value
-            continue
-        if owner not in parameters:
-            raise CheckpointError(f"the optimiser's state is of {owner!r}, which this model does not have")
-        parameter = parameters[owner]
-        if isinstance(value, torch.Tensor):
-            # step counters stay on the CPU, as torch's optimisers keep them
-            value = value.to("cpu" if value.ndim == 0 else parameter.device).clone()
-            if value.shape == parameter.shape:
-                value = value.to(memory_format=_layout(parameter))
-        optimizer.state[parameter][key] = value
-
-
-def _layout(parameter: torch.Tensor) -> torch.memory_format:
-    if parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def _fsync_folder(path: Path) -> None:

@@ -121,12 +121,15 @@ class TrainInputs:
         )
 
     def __call__(
-        self, batch: Batch, targets: torch.Tensor, micro_step: int, rank: int
+        self, batch: Batch, targets: torch.Tensor, position: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """(float32 [N, C, H, W] or [T, N, C, H, W], targets, mask); `targets` are those of the batch, on the device."""
+        """(float32 [N, C, H, W] or [T, N, C, H, W], targets, mask); `targets` are those of the batch, on the device.
+
+        position: of the micro-batch's first sample in the training stream, from which everything random follows.
+        """
         # timm draws from the global generators, which any import may move on (rich's does): so they are set for each
         # micro-batch, and put back
-        with seeded(self.seed, micro_step, rank, 0xA06):
+        with seeded(self.seed, position, 0xA06):
             x, mask = self.inputs(batch, training=True)
             if self.erase is not None:
                 x = self.erase(x)

@@ -9,6 +9,7 @@ import torch
 from psn_train.data.split_checks import class_count
 from psn_train.recipe import Recipe, make_plan
 from psn_train.training.build import build_model, check_channels_last, load_network, open_splits
+from psn_train.training.engine import build_engine, check_engine
 from psn_train.training.evaluate import EvaluationStopped, evaluate
 from psn_train.training.inputs import TrainInputs
 from psn_train.training.loaders import Loaders
@@ -39,6 +40,7 @@ def train(recipe: Recipe) -> int:
         NonFiniteLoss: the loss is infinite or NaN.
     """
     # everything that can be wrong without a device
+    zero_stage = check_engine(recipe)
     splits = open_splits(recipe)
     num_classes = class_count(recipe, splits.train.index)
     world_size = launched_processes()
@@ -52,7 +54,9 @@ def train(recipe: Recipe) -> int:
     device, rank = accelerator.device, accelerator.process_index
     set_precision(recipe, device)
     run = Run(recipe, plan, splits, accelerator)
-    if recipe.model.init_from is not None and not run.resumes:
+    if run.resumes:
+        run.load_weights(model)
+    elif recipe.model.init_from is not None:
         from psn_train.models.weights import load_ann
 
         run.say(str(load_ann(model, recipe.model.init_from)))
@@ -61,16 +65,19 @@ def train(recipe: Recipe) -> int:
     model.to(device)
     if recipe.precision.channels_last:
         check_channels_last(model, device, recipe.data.image_size)
-        model.to(memory_format=torch.channels_last)
+        # DeepSpeed flattens the weights; images in channels_last are enough for its convolutions
+        if zero_stage is None:
+            model.to(memory_format=torch.channels_last)
     learning_rate = LearningRate(optimizer, recipe, plan)
     run.track(model)
     if recipe.precision.compile:
         model.compile()
     inputs = TrainInputs(recipe, num_classes, device)
-    updater = Updater(recipe, plan, accelerator.prepare(model), optimizer, inputs, device, rank)
+    engine = build_engine(recipe, plan, model, optimizer, accelerator)
+    updater = Updater(recipe, plan, engine, inputs, device, rank)
     seed_everything(recipe.seed, 1 + rank)
     run.resume(updater)
-    run.say(headline(recipe, plan, device, run.step, splits.text))
+    run.say(headline(recipe, plan, device, run.step, splits.text, engine.name))
 
     loaders = Loaders(recipe, plan, device, rank)
     select_loader = loaders.evaluation(splits.select, splits.select_ids) if splits.select is not None else None
@@ -79,10 +86,10 @@ def train(recipe: Recipe) -> int:
         """True where the selected figure is the best so far."""
         begin = time.monotonic()
         run.stop.settle()
-        run.average_batch_norm()
         firing = recipe.log.firing_rates
         # hooks count the spikes, and a compiled graph would not call them
-        with torch.compiler.set_stance("force_eager" if firing else "default"):
+        stance = torch.compiler.set_stance("force_eager" if firing else "default")
+        with stance, run.averaged_batch_norm():
             results = {
                 which: evaluate(network, recipe, select_loader, device=device, firing=firing, stop=run.stop)
                 for which, network in run.networks()

@@ -169,7 +169,9 @@ def start_trackers(accelerator, recipe: Recipe, step: int) -> None:
     )
 
 
-def headline(recipe: Recipe, plan: Plan, device: torch.device, step: int, split: str | None = None) -> str:
+def headline(
+    recipe: Recipe, plan: Plan, device: torch.device, step: int, split: str | None = None, engine: str = "DDP"
+) -> str:
     """One line on what is about to run, and where; `step` updates are done, `split` is `event_index.split_text`."""
     place = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
     begin = f"goes on after step {step}" if step else "starts"
@@ -178,10 +180,13 @@ def headline(recipe: Recipe, plan: Plan, device: torch.device, step: int, split:
     steps = f"T = {recipe.model.T}"
     if recipe.events is not None and recipe.events.frames == "duration":
         steps = f"a step for each {recipe.events.duration_us:,} us"
+    devices = f"{plan.world_size} x {place}" + (f" ({engine})" if engine.startswith("ZeRO") else "")
+    shares = f"{plan.world_size} x {plan.micro_batch_size} x {plan.grad_accum_steps} (accumulated)"
+    if not plan.even:
+        shares += ", some devices fewer"
     return (
         f"{recipe.name} {begin}: {recipe.model.name}, {steps}, {plan.train_samples} samples{held_out}, "
-        f"{plan.world_size} x {place}, batch {plan.global_batch_size} = {plan.world_size} x "
-        f"{plan.micro_batch_size} x {plan.grad_accum_steps} (accumulated), {plan.total_steps} steps, "
+        f"{devices}, batch {plan.global_batch_size} = {shares}, {plan.total_steps} steps, "
         f"{recipe.precision.dtype}, recipe {recipe_hash(recipe)}, in {recipe.run_path}"
     )
 

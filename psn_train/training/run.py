@@ -10,6 +10,7 @@ runs/NAME/
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import time
@@ -29,8 +30,6 @@ from psn_train.training.checkpoint import (
     clean,
     forget_best,
     last_checkpoint,
-    load_optimizer_by_name,
-    optimizer_by_name,
     read_checkpoint,
     repair_best,
     save_checkpoint,
@@ -103,6 +102,10 @@ class Run:
                 "(run_dir=...), or go on with the change through checkpoint.accept_changes=true."
             )
 
+    def load_weights(self, model: nn.Module) -> None:
+        """The saved weights, before an engine takes the network."""
+        model.load_state_dict(self.saved.model)
+
     def track(self, model: nn.Module) -> None:
         """Take the network on its device, and build its moving average."""
         self.model = model
@@ -119,11 +122,10 @@ class Run:
         """Put everything back as it was, and open the logs."""
         saved, keep_bytes = self.saved, 0
         if saved is not None:
-            self.model.load_state_dict(saved.model)
             if self.ema is not None:
                 # an EMA that is new to the run begins with the weights as they are, not with those of the start
                 self.ema.module.load_state_dict(saved.ema if saved.ema is not None else saved.model)
-            load_optimizer_by_name(updater.optimizer, self.model, saved.optimizer)
+            updater.engine.load_optimizer_state(saved.optimizer)
             meta = saved.meta
             updater.scaler.load_state_dict(meta["scaler"])
             self.step, self.owed_epoch = meta["step"], meta["owed_epoch"]
@@ -248,12 +250,23 @@ class Run:
                 f"{self.recipe.data.max_bad_samples}; each rank's output names its own"
             )
 
-    def average_batch_norm(self) -> None:
-        """One set of batch norm statistics for all ranks: their mean."""
-        for _, network in self.networks():
+    @contextlib.contextmanager
+    def averaged_batch_norm(self) -> Iterator[None]:
+        """One set of batch norm statistics for all ranks, their mean; afterwards each has its own again.
+
+        So an evaluation leaves no trace, and a run that was evaluated where it was cut ends as one that was not cut.
+        """
+        own = []
+        for _, network in self.networks() if self.plan.world_size > 1 else ():
             buffers = dict(network.named_buffers())
             for name, value in average_batch_norm(network).items():
+                own.append((buffers[name], buffers[name].clone()))
                 buffers[name].copy_(value)
+        try:
+            yield
+        finally:
+            for buffer, value in own:
+                buffer.copy_(value)
 
     def evaluation_due(self, ended: int | None, last: bool) -> bool:
         if ended is None or self.results.selected_on is None:
@@ -302,7 +315,9 @@ class Run:
         state = RankState.capture(self.model, self.device)
         state.tensors["window"] = updater.window.cpu()
         gathered = gather_object([(state, self.bad)]) if self.plan.world_size > 1 else [(state, self.bad)]
-        model = {**self.model.state_dict(), **average_batch_norm(self.model)}
+        # every rank has a part of what an engine divides
+        model, optimizer = updater.engine.weights(), updater.engine.optimizer_state()
+        model = {**model, **average_batch_norm(self.model)}
         ema = None
         if self.ema is not None:
             ema = {**self.ema.module.state_dict(), **average_batch_norm(self.ema.module)}
@@ -330,7 +345,7 @@ class Run:
                 meta=meta,
                 model=model,
                 ema=ema,
-                optimizer=optimizer_by_name(updater.optimizer, self.model),
+                optimizer=optimizer,
                 ranks=[state for state, _ in gathered],
             )
             save_checkpoint(

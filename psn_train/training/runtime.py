@@ -36,12 +36,35 @@ def build_accelerator(recipe: Recipe, world_size: int):
     a prepared scheduler would step once for every process (accelerate issue 2142), and a prepared iterable loader would
     read on rank 0 alone.
     """
+    # torch 2.15 calls it forward_sync_buffers; accelerate passes the old name, which older versions need
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+    with without_deepspeed():
+        accelerator = _accelerator(recipe)
+    if accelerator.num_processes != world_size:
+        raise ValueError(
+            f"the launcher started {world_size} processes, accelerate joins {accelerator.num_processes} of them: each "
+            "would train by itself. On a CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu."
+        )
+    return accelerator
+
+
+@contextlib.contextmanager
+def without_deepspeed():
+    """accelerate joins the processes, and `engine` hands the network to DeepSpeed itself: accelerate's way would want
+    transformers, fill in clipping at 1.0, and leave a CPU out."""
+    asked = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = asked
+
+
+def _accelerator(recipe: Recipe):
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
-    # torch 2.15 calls it forward_sync_buffers; accelerate passes the old name, which older versions need
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-    accelerator = Accelerator(
+    return Accelerator(
         # without it two processes on a CPU train side by side, unsynchronised
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",
@@ -54,12 +77,6 @@ def build_accelerator(recipe: Recipe, world_size: int):
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
         ],
     )
-    if accelerator.num_processes != world_size:
-        raise ValueError(
-            f"the launcher started {world_size} processes, accelerate joins {accelerator.num_processes} of them: each "
-            "would train by itself. On a CPU set ACCELERATE_USE_CPU=true and launch with --multi_gpu."
-        )
-    return accelerator
 
 
 def set_precision(recipe: Recipe, device: torch.device) -> None:
