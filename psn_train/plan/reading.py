@@ -38,7 +38,7 @@ class Reading:
     bytes_per_epoch: float | None
     bytes_source: str
     bytes_per_second: float | None
-    """Of the whole run while it trains."""
+    """Of the whole run while it trains; known with the run's own throughput."""
     images_per_core: float | None
     decode_source: str
     cores_per_node: float | None
@@ -109,16 +109,13 @@ def reading(
     else:
         per_epoch, source = None, "unknown; --sample-kb states the mean of a sample"
     rate, rate_source = images_per_core or assumed_rate(recipe)
-    known, per_second = images_per_second is not None, None
-    if known and per_epoch is not None:
-        per_second = per_epoch * images_per_second / plan.train_samples
     return Reading(
         bytes_per_epoch=per_epoch,
         bytes_source=source,
-        bytes_per_second=per_second,
+        bytes_per_second=None,
         images_per_core=rate,
         decode_source=rate_source,
-        cores_per_node=images_per_second / nodes / rate if known and rate else None,
+        cores_per_node=images_per_second / nodes / rate if images_per_second and rate else None,
     )
 
 

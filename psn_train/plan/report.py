@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -158,18 +158,15 @@ def _talk_and_time(
     elif question.measured_updates is not None and found.index is not None and not recipe.data.resident:
         per_core = measure_decoding(recipe, found.index)
 
-    def read(images_per_second: float | None) -> Reading:
-        return reading(
-            recipe,
-            plan,
-            found,
-            nodes=cluster.nodes,
-            images_per_second=images_per_second,
-            sample_bytes=question.sample_bytes,
-            images_per_core=per_core,
-        )
-
-    report.reading = read(rate * cluster.devices if rate else None)
+    report.reading = reading(
+        recipe,
+        plan,
+        found,
+        nodes=cluster.nodes,
+        images_per_second=rate * cluster.devices if rate else None,
+        sample_bytes=question.sample_bytes,
+        images_per_core=per_core,
+    )
     report.problems += core_problems(recipe, cluster, report.reading)
     if rate is None:
         return
@@ -191,7 +188,10 @@ def _talk_and_time(
         report.notes.append(
             f"decoding limits the run: data.workers = {recipe.data.workers} for each GPU; {wanted:.0f} would keep up"
         )
-        report.reading = read(report.hours.images_per_second)
+    per_epoch = report.reading.bytes_per_epoch
+    if per_epoch is not None:
+        per_second = per_epoch / plan.train_samples * report.hours.images_per_second
+        report.reading = replace(report.reading, bytes_per_second=per_second)
     report.problems += time_problems(recipe, report.hours, question.time_limit, question.requeues)
 
 
