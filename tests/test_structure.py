@@ -21,12 +21,13 @@ ROOMS = {
     "models": {"neurons"},
     "data": {"recipe"},
     "training": {"recipe", "neurons", "models", "data"},
+    "plan": {"recipe", "neurons", "models", "data", "training"},
     "publish": {"recipe", "neurons", "models", "data", "training"},
     "bench": {"recipe", "neurons", "models", "data", "training"},
 }
 # what sees everything -> who may import it
 FRONT = {
-    "cli": {"train"},
+    "cli": {"train", "doctor"},
     "train": set(),
     "demo": {"cli"},
     "view": {"cli", "demo"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from psn_train.cli.arguments import count
+from psn_train.cli.arguments import count, positive, seconds
 
 
 def add(verbs, verb) -> None:
@@ -38,7 +38,14 @@ def add(verbs, verb) -> None:
     recipe.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for editors")
     recipe.add_argument("--list", action="store_true", help="list the recipes that come with the package")
 
-    verb("doctor", _doctor, "versions, devices, backends; what is missing and what to do about it")
+    doctor = verb("doctor", _doctor, "versions, devices, backends; what is missing and what to do about it")
+    doctor.add_argument("recipe", nargs="?", help="with --distributed: the recipe and its shards are compared, too")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value")
+    doctor.add_argument("--distributed", action="store_true", help="all processes of a launch, compared and connected")
+    doctor.add_argument("--timeout", type=seconds, default=120.0, help="of each stage (default: %(default)g)")
+    doctor.add_argument(
+        "--megabytes", type=positive, default=64.0, help="of the timed all-reduce (default: %(default)g)"
+    )
 
     publish = verb("publish", _publish, "write a run's checkpoint as a folder in timm's hub format")
     publish.add_argument("checkpoint", help="a run's folder or a folder step_XXXXXXXX")
@@ -165,7 +172,13 @@ def _train_shards(recipe) -> tuple[int | None, str, str | None]:
 
 
 def _doctor(options) -> int:
-    from psn_train.doctor import run_doctor
+    if options.distributed:
+        from psn_train.doctor.together import run_distributed
+
+        return run_distributed(options.recipe, options.overrides, timeout=options.timeout, megabytes=options.megabytes)
+    if options.recipe is not None:
+        raise ValueError("psn doctor looks at this machine alone; with a recipe give --distributed, under a launcher")
+    from psn_train.doctor.machine import run_doctor
 
     return run_doctor()
 
