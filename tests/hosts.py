@@ -3,8 +3,8 @@
     with hosts(2, folder) as (first, second):
         running = first.start(["hostname"], log=folder / "log")
 
-Every host has an interface `eth0` with an address in 10.77.0.0/24, its own /etc/hosts that knows all of them, a folder
-of its own as its working files' place (TMPDIR), and its own host name. The file system is shared, as the disk of a
+Every host has an interface `eth0` with an address in 10.77.0.0/24, an /etc/hosts that knows all of them, a folder of
+its own for temporary files (TMPDIR), and its own host name. The file system is shared, as the disk of a
 cluster's run folders is. A host is killed as a whole, its cable pulled and its link made slow or lossy. Everything goes
 when the `with` block ends, however it ends; what a killed test process left is removed by the next one.
 """
@@ -154,12 +154,13 @@ def _remove_leftovers() -> None:
 
 
 @contextlib.contextmanager
-def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
+def hosts(count: int, folder: Path, *, names: bool = True) -> Iterator[list[Host]]:
     """`count` hosts on one switch; skips the test where they cannot be made.
 
     Args:
         count: 2 to 200.
         folder: gets a folder for each host.
+        names: False where no host knows another's name, and each takes its own for a loopback address, as Debian does.
     """
     if (reason := why_not()) is not None:
         pytest.skip(reason)
@@ -170,7 +171,7 @@ def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
         Host(f"{prefix}-{i}", f"host{i}", f"{NETWORK}.{i + 1}", switch, f"port{i}", folder / f"host{i}")
         for i in range(count)
     ]
-    table = "127.0.0.1 localhost\n" + "".join(f"{host.address} {host.name}\n" for host in made)
+    known = "".join(f"{host.address} {host.name}\n" for host in made)
     try:
         _ip("netns", "add", switch)
         _ip("-n", switch, "link", "add", "bridge0", "type", "bridge")
@@ -178,7 +179,8 @@ def hosts(count: int, folder: Path) -> Iterator[list[Host]]:
         for host in made:
             host.folder.mkdir(parents=True, exist_ok=True)
             (ETC / host.namespace).mkdir(parents=True)
-            (ETC / host.namespace / "hosts").write_text(table)
+            table = known if names else f"127.0.1.1 {host.name}\n"
+            (ETC / host.namespace / "hosts").write_text(f"127.0.0.1 localhost\n{table}")
             inside = ("-n", host.namespace)
             _ip("netns", "add", host.namespace)
             _ip(*inside, "link", "add", host.interface, "type", "veth", "peer", "name", host.port, "netns", switch)

@@ -22,7 +22,9 @@ def reaches(host, address: str, seconds: int = 1) -> bool:
 
 def test_hosts_have_names_addresses_and_cables_and_die_as_a_whole(tmp_path):
     with hosts(3, tmp_path) as (first, second, third):
-        known = ask(second, "import socket; h = socket.gethostname(); print(h, socket.gethostbyname(h))", tmp_path / "a")
+        known = ask(
+            second, "import socket; h = socket.gethostname(); print(h, socket.gethostbyname(h))", tmp_path / "a"
+        )
         assert known.split() == ["host1", "10.77.0.2"]
         assert ask(third, "import socket; print(socket.gethostbyname('host0'))", tmp_path / "b").strip() == "10.77.0.1"
 
