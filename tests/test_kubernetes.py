@@ -1,4 +1,4 @@
-"""launch/kubernetes/jobset.yaml against the schemas of JobSet and Kubernetes, and its commands as a pod would run them."""
+"""launch/kubernetes/jobset.yaml against the schemas of JobSet and Kubernetes; its commands as a pod would run them."""
 
 import json
 import os

@@ -1,8 +1,7 @@
-"""launch/slurm/train.sbatch on a real Slurm of two nodes: stopped by its time limit, queued again, complete in the end."""
+"""launch/slurm/train.sbatch on a real Slurm of two nodes: stopped by its time limit, queued again, then complete."""
 
 import json
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
