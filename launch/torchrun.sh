@@ -41,14 +41,20 @@ if [ $# -eq 0 ]; then
   exit 2
 fi
 flags=(--nnodes "$NNODES" --nproc-per-node "$NPROC_PER_NODE" --max-restarts "$MAX_RESTARTS")
-if [ -n "$RDZV_ENDPOINT" ]; then
+if [ "$NNODES" = 1 ] && [ -z "$RDZV_ENDPOINT" ]; then
+  # takes a free port
+  flags+=(--standalone --local-addr 127.0.0.1)
+elif [ -n "$RDZV_ENDPOINT" ]; then
   flags+=(--rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "$RDZV_ID" --rdzv-conf "$RDZV_CONF")
   [ -z "$LOCAL_ADDR" ] || flags+=(--local-addr "$LOCAL_ADDR")
-  # else the processes of a restart find the addresses of those before them, and call the dead (seen with torch 2.15)
-  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+elif [ "$MAX_RESTARTS" != 0 ]; then
+  echo "launch/torchrun.sh: on several machines restarts need RDZV_ENDPOINT=HOST:PORT" >&2
+  exit 2
 else
   flags+=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT")
 fi
+# else the processes of a restart find the addresses of those before them, and call the dead (seen with torch 2.15)
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 if [ -n "$DEEPSPEED_CONFIG" ]; then
   export ACCELERATE_USE_DEEPSPEED=true ACCELERATE_DEEPSPEED_CONFIG_FILE=$DEEPSPEED_CONFIG
 fi

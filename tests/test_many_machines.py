@@ -200,7 +200,7 @@ def torchrun(path: Path, **more: str) -> tuple[list[str], dict[str, str]]:
 def test_torchrun_on_one_host_and_on_two(recipe, tmp_path):
     half = {"data": {"max_batch_per_device": 24}}
     (one, _), (two, path) = recipe("one", **half), recipe("two", **half)
-    command, env = torchrun(path, MASTER_PORT=str(free_port()))
+    command, env = torchrun(path)
     done = subprocess.run(
         command, env={**env, "NPROC_PER_NODE": "2"}, cwd=ROOT, capture_output=True, text=True, timeout=400
     )
@@ -228,7 +228,7 @@ def test_torchrun_on_one_host_and_on_two(recipe, tmp_path):
 def test_torchrun_with_deepspeed(recipe, tmp_path):
     (plain, plain_path), (zero, zero_path) = recipe("plain"), recipe("zero")
     for path, more in ((plain_path, {}), (zero_path, {"DEEPSPEED_CONFIG": "launch/deepspeed/zero1.json"})):
-        command, env = torchrun(path, MASTER_PORT=str(free_port()), **more)
+        command, env = torchrun(path, **more)
         env["NPROC_PER_NODE"] = "2"
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout + done.stderr
