@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from psn_train.data.index import ShardError
+from psn_train.data.progress import note_progress
 from psn_train.data.reader import SampleReader
 from psn_train.data.stream import EvalStream, make_loader
 from psn_train.neurons import spiking_neurons
@@ -113,6 +114,7 @@ def evaluate(
         for _ in range(rounds):
             if stop is not None and stop.poll():
                 raise EvaluationStopped
+            note_progress()
             batch = next(batches, None)
             if batch is None:
                 continue

@@ -9,6 +9,7 @@ import random
 import signal
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ def build_accelerator(recipe: Recipe, world_size: int):
     read on rank 0 alone.
     """
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
     # torch 2.15 calls it forward_sync_buffers; accelerate passes the old name, which older versions need
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
@@ -51,7 +52,9 @@ def build_accelerator(recipe: Recipe, world_size: int):
         ),
         kwargs_handlers=[
             # batch norm statistics stay each rank's own between evaluations, where they are averaged
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            # of the start; watch.py makes it shorter
+            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.watch.start_timeout_s)),
         ],
     )
     if accelerator.num_processes != world_size:
@@ -102,6 +105,15 @@ def seed_everything(*entropy: int) -> None:
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     torch.manual_seed(int(words[2]))
+
+
+def gather_rows(row: torch.Tensor) -> torch.Tensor:
+    """[n] of each rank -> [ranks, n], on all of them."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return row[None]
+    rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, row)
+    return torch.stack(rows)
 
 
 def all_reduce_sum(*tensors: torch.Tensor) -> None:

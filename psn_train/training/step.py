@@ -13,6 +13,7 @@ from psn_train.recipe import Plan, Recipe
 from psn_train.training.inputs import TrainInputs
 from psn_train.training.losses import compute_loss, mean_over_time
 from psn_train.training.runtime import FiniteGuard, autocast
+from psn_train.training.watch import Watch
 
 
 class Updater:
@@ -27,8 +28,9 @@ class Updater:
         inputs: TrainInputs,
         device: torch.device,
         rank: int = 0,
+        watch: Watch | None = None,
     ):
-        self.rank = rank
+        self.rank, self.watch = rank, watch
         self.recipe, self.plan, self.model, self.optimizer = recipe, plan, model, optimizer
         self.inputs, self.device = inputs, device
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision.dtype == "fp16")
@@ -57,6 +59,8 @@ class Updater:
                 with autocast(self.recipe.precision.dtype, device):
                     logits = self.model(x, per_step=True)
                 loss = compute_loss(self.recipe.loss, logits, targets, mask)
+                if last and self.watch is not None:
+                    self.watch.phase("update")
                 self.scaler.scale(loss / plan.grad_accum_steps).backward()
             losses.append(loss.detach())
             hits += (mean_over_time(logits.detach().float(), mask).argmax(1) == labels).sum()
