@@ -38,7 +38,8 @@ def add(verbs, verb) -> None:
     recipe.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for editors")
     recipe.add_argument("--list", action="store_true", help="list the recipes that come with the package")
 
-    verb("doctor", _doctor, "versions, devices, backends; what is missing and what to do about it")
+    doctor = verb("doctor", _doctor, "versions, devices, backends; what is missing and what to do about it")
+    doctor.add_argument("--ranks", metavar="RUN", help="show instead where each rank of a run is, from RUN/ranks")
 
     publish = verb("publish", _publish, "write a run's checkpoint as a folder in timm's hub format")
     publish.add_argument("checkpoint", help="a run's folder or a folder step_XXXXXXXX")
@@ -165,9 +166,9 @@ def _train_shards(recipe) -> tuple[int | None, str, str | None]:
 
 
 def _doctor(options) -> int:
-    from psn_train.doctor import run_doctor
+    from psn_train.doctor import run_doctor, show_ranks
 
-    return run_doctor()
+    return run_doctor() if options.ranks is None else show_ranks(options.ranks)
 
 
 def _publish(options) -> int:

@@ -18,6 +18,8 @@ import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+IN_ORDER, HUNG = "in order", "hung"
+
 
 @dataclass(frozen=True)
 class Heartbeat:
@@ -30,6 +32,7 @@ class Heartbeat:
     phase_s: float
     idle_s: float
     time: float
+    every_s: float
     ended: str | None = None
 
     @property
@@ -39,6 +42,10 @@ class Heartbeat:
     def silent_s(self, now: float) -> float:
         """Seconds since this note; 0 where the clocks of two hosts differ the other way."""
         return max(now - self.time, 0.0)
+
+    def is_late(self, now: float) -> bool:
+        """True where the next note should be there long ago."""
+        return self.silent_s(now) > 3 * self.every_s + 5
 
     def unmoved_s(self, now: float) -> float:
         """Seconds since the rank got on, as far as this note tells."""
@@ -95,7 +102,7 @@ def forget_ranks(run: Path, world_size: int) -> None:
 
 def odd_one(beats: list[Heartbeat], now: float) -> Heartbeat | None:
     """The rank that the others wait for: of those behind in steps, the one that got on least recently."""
-    running = [beat for beat in beats if beat.ended is None]
+    running = [beat for beat in beats if beat.ended in (None, HUNG)]
     if not running:
         return None
     return min(running, key=lambda beat: (beat.step, -beat.unmoved_s(now)))
@@ -107,7 +114,7 @@ def who_is_missing(beats: list[Heartbeat], world_size: int, now: float) -> str:
     said = [f"rank {rank} left no note in RUN/ranks (do all hosts see the run's folder?)" for rank in silent[:4]]
     gone = [beat for beat in beats if beat.ended is None and beat.gone]
     said += [f"{beat.who} (process {beat.pid}) is gone; its last phase: {_where(beat)}" for beat in gone]
-    said += [f"{beat.who} ended: {beat.ended}" for beat in beats if beat.ended not in (None, "complete")]
+    said += [f"{beat.who} ended: {beat.ended}" for beat in beats if beat.ended not in (None, HUNG, IN_ORDER)]
     if not said and (odd := odd_one(beats, now)) is not None:
         said.append(f"{odd.who} has not moved for {odd.unmoved_s(now):.0f} s: {_where(odd)}")
     return "; ".join(said) or "no rank left a note in RUN/ranks"

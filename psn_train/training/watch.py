@@ -34,11 +34,20 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 
 from psn_train.data.progress import last_progress, note_progress, share_progress
 from psn_train.recipe import Recipe
-from psn_train.training.heartbeat import Heartbeat, forget_ranks, read_heartbeats, who_is_missing, write_heartbeat
+from psn_train.training.heartbeat import (
+    HUNG,
+    IN_ORDER,
+    Heartbeat,
+    forget_ranks,
+    read_heartbeats,
+    who_is_missing,
+    write_heartbeat,
+)
 from psn_train.training.runtime import StopSignal, launched_processes
 
 # what a process exits with that made no progress, or whose collectives failed: start it again, it goes on from the last
@@ -73,6 +82,7 @@ class Watch:
         self._end_lock = threading.Lock()
         self._heart: threading.Thread | None = None
         self._silenced = False
+        self._ended: str | None = None
         # a launcher that is killed takes nobody along
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
@@ -149,7 +159,7 @@ class Watch:
         if self._heart is not None:
             # a disk that does not answer keeps nobody
             self._heart.join(2.0)
-            self._in_time(lambda: self._beat(str(error or kind.__name__)[:500] if kind else "complete"))
+            self._in_time(lambda: self._beat(str(error or kind.__name__)[:500] if kind else IN_ORDER))
         signal.set_wakeup_fd(self._wakeup_before)
         for file in (self._signals, self._caught, self._nowhere):
             os.close(file)
@@ -177,7 +187,8 @@ class Watch:
             phase_s=round(now - self._since, 3),
             idle_s=round(max(now - last_progress(), 0.0), 3),
             time=round(time.time(), 3),
-            ended=ended,
+            every_s=self.settings.heartbeat_s,
+            ended=ended or self._ended,
         )
         try:
             write_heartbeat(self.folder, beat)
@@ -259,7 +270,7 @@ class Watch:
         if not self._end_lock.acquire(blocking=False):
             # another thread ends the process
             time.sleep(1e6)
-        began = time.monotonic()
+        began, self._ended = time.monotonic(), HUNG
         # whatever of this gets stuck, on a disk or on a terminal that nobody reads
         faulthandler.dump_traceback_later(_FOR_OTHERS + 15, exit=True, file=self._nowhere)
         self._in_time(lambda: self._say(reason))
@@ -332,11 +343,12 @@ def record_collectives(recipe: Recipe) -> None:
     Before the process group is made.
     """
     settings = {
-        ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): "2000",
-        ("TORCH_FR_DUMP_ON_TIMEOUT", "TORCH_NCCL_DUMP_ON_TIMEOUT"): "1",
-        ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): str(recipe.run_path / "stacks" / "nccl_"),
+        ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"): "2000",
+        ("TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_ON_TIMEOUT"): "1",
+        ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_FR_DUMP_TEMP_FILE"): str(recipe.run_path / "stacks" / "nccl_"),
     }
+    # the older names work everywhere, and from then on with a warning
+    renamed = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
     for names, value in settings.items():
-        if not any(name in os.environ for name in names):
-            # the second one is how older versions of torch call it
-            os.environ.update(dict.fromkeys(names, value))
+        if torch.cuda.is_available() and not any(name in os.environ for name in names):
+            os.environ[names[renamed]] = value
