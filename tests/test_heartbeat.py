@@ -42,13 +42,16 @@ def test_notes_are_read_as_written_and_a_broken_one_is_left_out(tmp_path):
 
 
 def test_the_odd_one_is_behind_or_unmoved_for_longest():
-    slow = replace(BEAT, rank=2, phase="data", idle_s=6)
+    # the others wait for it, and marked that a moment before
+    slow = replace(BEAT, rank=2, phase="data", idle_s=4.9)
     assert odd_one([*FOUR[:2], slow, FOUR[3]], NOW) == slow
+    first = replace(BEAT, rank=1, idle_s=6)
+    assert odd_one([FOUR[0], first, *FOUR[2:]], NOW) == first
     # its own clock stopped with it: the time of its last note counts
     stopped = replace(BEAT, rank=1, idle_s=0, time=NOW - 300)
     assert odd_one([FOUR[0], stopped, slow], NOW) == stopped
     behind = replace(BEAT, rank=3, step=6, idle_s=0)
-    assert odd_one([FOUR[0], stopped, behind], NOW) == behind
+    assert odd_one([FOUR[0], slow, behind], NOW) == behind and odd_one([FOUR[0], stopped, behind], NOW) == stopped
     assert odd_one([replace(beat, ended="in order") for beat in FOUR], NOW) is None
     # a host whose clock is ahead is not asked for a negative time
     assert replace(BEAT, time=NOW + 50).unmoved_s(NOW) == 5
@@ -78,7 +81,7 @@ def test_doctor_shows_the_ranks_and_names_the_odd_one(tmp_path, capsys):
     write_heartbeat(tmp_path, replace(beats[1], time=now - 500))
     assert main(["doctor", "--ranks", str(tmp_path)]) == 1
     out = capsys.readouterr().out
-    assert "silent" in out and "rank 1 on host elsewhere has not moved for 505 s" in out
+    assert "silent" in out and "rank 1 on host elsewhere has given no sign of life for 505 s" in out
     assert main(["doctor", "--ranks", str(tmp_path / "ranks")]) == 2
     assert "no notes of ranks there" in capsys.readouterr().err
 
@@ -117,6 +120,32 @@ def test_forward_passes_that_wait_for_each_other_are_not_compared(watch):
     seconds = torch.tensor([[0.0, 1.0, 0.0]] * 3 + [[0.0, 9.0, 0.0]], dtype=torch.float64)
     assert [named.slow(seconds, 1, 10.0) for _ in range(2)] == [[], []]
     assert set(named.figures(seconds, 1)) == {"data_s", "data_s_max", "data_s_max_rank"}
+
+
+def test_on_a_gpu_events_are_read_when_they_are_over(watch, monkeypatch):
+    clock, over = [0.0], [3.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def query(self):
+            return self.at <= over[0]
+
+        def elapsed_time(self, end):
+            return 1000 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    named = Stragglers(watch, torch.device("cuda"), share=0.1, sync_bn=False)
+    for at, phase in ((0, "data"), (1, "compute"), (2.5, "update"), (3, "data"), (4, "compute"), (6, "update")):
+        clock[0] = float(at)
+        watch.phase(phase)
+    assert named.measured()[1] == 1.5
+    over[0] = 6.0
+    assert named.measured()[1] == 2.0 and named.measured()[1] == 0.0
 
 
 def test_phases_add_up_and_have_their_limits(watch):

@@ -259,7 +259,8 @@ class Watch(Section):
     batch, which start, compile and write; and how long a collective there may wait for another rank."""
     step_timeout_s: Seconds = 300.0
     """The same from then on: without a new micro-batch, round of the evaluation, part of a file or attempt to fetch
-    one. Then all ranks write their stacks to RUN/stacks, and end with status 76."""
+    one. Then all ranks write their stacks to RUN/stacks, and end with status 76. A rank may fetch for longer, but the
+    others wait for it no longer than this."""
     stop_grace_s: Seconds = 60.0
     """How long a process that was told to stop may go without progress, outside of a save, before it ends without
     saving."""

@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 IN_ORDER, HUNG = "in order", "hung"
+# phases of watch.py in which a rank waits for the others
+WAITING = ("update", "wait")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Heartbeat:
 
     def is_late(self, now: float) -> bool:
         """True where the next note should be there long ago."""
-        return self.silent_s(now) > 3 * self.every_s + 5
+        return self.ended is None and self.silent_s(now) > 3 * self.every_s + 5
 
     def unmoved_s(self, now: float) -> float:
         """Seconds since the rank got on, as far as this note tells."""
@@ -101,11 +103,17 @@ def forget_ranks(run: Path, world_size: int) -> None:
 
 
 def odd_one(beats: list[Heartbeat], now: float) -> Heartbeat | None:
-    """The rank that the others wait for: of those behind in steps, the one that got on least recently."""
+    """The rank that the others wait for.
+
+    First one that gives no sign of life; then one that is behind in steps; then one that does something by itself
+    while the others wait in a collective; then the one that got on least recently.
+    """
     running = [beat for beat in beats if beat.ended in (None, HUNG)]
     if not running:
         return None
-    return min(running, key=lambda beat: (beat.step, -beat.unmoved_s(now)))
+    return min(
+        running, key=lambda beat: (not beat.is_late(now), beat.step, beat.phase in WAITING, -beat.unmoved_s(now))
+    )
 
 
 def who_is_missing(beats: list[Heartbeat], world_size: int, now: float) -> str:
@@ -116,7 +124,8 @@ def who_is_missing(beats: list[Heartbeat], world_size: int, now: float) -> str:
     said += [f"{beat.who} (process {beat.pid}) is gone; its last phase: {_where(beat)}" for beat in gone]
     said += [f"{beat.who} ended: {beat.ended}" for beat in beats if beat.ended not in (None, HUNG, IN_ORDER)]
     if not said and (odd := odd_one(beats, now)) is not None:
-        said.append(f"{odd.who} has not moved for {odd.unmoved_s(now):.0f} s: {_where(odd)}")
+        how = "has given no sign of life" if odd.is_late(now) else "has not moved"
+        said.append(f"{odd.who} {how} for {odd.unmoved_s(now):.0f} s: {_where(odd)}")
     return "; ".join(said) or "no rank left a note in RUN/ranks"
 
 

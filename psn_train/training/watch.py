@@ -146,7 +146,12 @@ class Watch:
             isinstance(error, RuntimeError) and _COLLECTIVE.search(str(error)) is not None
         )
         if known and self.world_size > 1:
+            first = error
+            while first.__context__ is not None:
+                first = first.__context__
             reason = " ".join(str(error).split())[-200:]
+            # one that came while an error of this rank's own was cleared away
+            reason += f", after {type(first).__name__}: {first}" if first is not error else ""
             self._end(f"a collective failed ({reason})", "".join(traceback.format_exception(error)))
 
     def __exit__(self, kind, error, _traceback) -> None:
@@ -296,10 +301,14 @@ class Watch:
             os.write(2, f"psn: rank {self.rank} on host {self.host}: {text}\n".encode())
 
     def _say_who_is_missing(self) -> None:
+        if self._heart is None:
+            # the folder may be another run's
+            return self._say("the run had not begun; what other ranks say tells why")
         self._say(who_is_missing(read_heartbeats(self.folder), self.world_size, time.time()))
 
     def _write_stacks(self, reason: str, details: str) -> None:
-        self._beat()
+        if self._heart is not None:
+            self._beat()
         names = "".join(f"  0x{thread.ident:016x} {thread.name}\n" for thread in threading.enumerate() if thread.ident)
         text = (
             f"==== {time.strftime('%Y-%m-%d %H:%M:%S %z')}, rank {self.rank} of {self.world_size}, host {self.host}, "
@@ -342,6 +351,10 @@ def record_collectives(recipe: Recipe) -> None:
 
     Before the process group is made.
     """
+    if not torch.cuda.is_available():
+        return
+    with contextlib.suppress(OSError):
+        (recipe.run_path / "stacks").mkdir(parents=True, exist_ok=True)
     settings = {
         ("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"): "2000",
         ("TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_ON_TIMEOUT"): "1",
@@ -350,5 +363,5 @@ def record_collectives(recipe: Recipe) -> None:
     # the older names work everywhere, and from then on with a warning
     renamed = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
     for names, value in settings.items():
-        if torch.cuda.is_available() and not any(name in os.environ for name in names):
+        if not any(name in os.environ for name in names):
             os.environ[names[renamed]] = value
