@@ -114,7 +114,6 @@ def evaluate(
         for _ in range(rounds):
             if stop is not None and stop.poll():
                 raise EvaluationStopped
-            note_progress()
             batch = next(batches, None)
             if batch is None:
                 continue
@@ -140,6 +139,7 @@ def evaluate(
             )
             if on_batch is not None:
                 on_batch(len(targets))
+            note_progress()
     finally:
         if rates is not None:
             rates.close()

@@ -134,7 +134,8 @@ class Run:
             load_optimizer_by_name(updater.optimizer, self.model, saved.optimizer)
             meta = saved.meta
             updater.scaler.load_state_dict(meta["scaler"])
-            self.step, self.owed_epoch = meta["step"], meta["owed_epoch"]
+            self.step = self.watch.step = meta["step"]
+            self.owed_epoch = meta["owed_epoch"]
             self.seconds = meta["seconds"]
             if (selected := self.results.load(meta)) is not None:
                 self.say(f"the best epoch so far was selected {selected}; it is forgotten")
