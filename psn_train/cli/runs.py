@@ -46,6 +46,7 @@ def add(verbs, verb) -> None:
     doctor.add_argument(
         "--megabytes", type=positive, default=64.0, help="of the timed all-reduce (default: %(default)g)"
     )
+    doctor.add_argument("--ranks", metavar="RUN", help="show instead where each rank of a run is, from RUN/ranks")
 
     publish = verb("publish", _publish, "write a run's checkpoint as a folder in timm's hub format")
     publish.add_argument("checkpoint", help="a run's folder or a folder step_XXXXXXXX")
@@ -178,6 +179,10 @@ def _doctor(options) -> int:
         return run_distributed(options.recipe, options.overrides, timeout=options.timeout, megabytes=options.megabytes)
     if options.recipe is not None:
         raise ValueError("psn doctor looks at this machine alone; with a recipe give --distributed, under a launcher")
+    if options.ranks is not None:
+        from psn_train.doctor.machine import show_ranks
+
+        return show_ranks(options.ranks)
     from psn_train.doctor.machine import run_doctor
 
     return run_doctor()

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from psn_train.data.index import Shard, ShardError, ShardIndex, is_url
+from psn_train.data.progress import note_progress
 
 _OPEN_FILES = 128
 
@@ -134,6 +135,7 @@ def fetch_shard(url: str, shard: Shard, cache_dir: Path, cache_bytes: float) -> 
                 while block := stream.read(1 << 20):
                     digest.update(block)
                     file.write(block)
+                    note_progress()
             size = aside.stat().st_size
             if size != shard.num_bytes or digest.hexdigest() != shard.sha256:
                 raise ShardError(

@@ -11,6 +11,10 @@ the micro-batch (training) or by an image of zeros, a recording without events, 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import faulthandler
+import functools
+import signal
 import warnings
 from dataclasses import dataclass, field
 
@@ -31,6 +35,7 @@ from psn_train.data.images import (
 from psn_train.data.index import ShardError
 from psn_train.data.memory import keep_freed_memory
 from psn_train.data.order import stream_positions
+from psn_train.data.progress import adopt_progress, progress_place
 from psn_train.data.reader import SampleReader
 from psn_train.data.sources.source import named_error
 from psn_train.recipe import Plan, Recipe
@@ -184,10 +189,16 @@ class EvalStream(Dataset):
         return Batch(self.samples.stack(samples), torch.tensor(targets), ids, np.zeros_like(ids), keys, bad)
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(progress: str | None, worker: int) -> None:
     # a decoding process with as many threads as cores fights the others for them
     torch.set_num_threads(1)
     keep_freed_memory()
+    adopt_progress(progress)
+    # a rank that finds its loader stuck asks where; see training/watch.py
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+    with contextlib.suppress(AttributeError):
+        # PR_SET_PDEATHSIG, on Linux: one that is stuck would not notice that its rank was killed
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
 def make_loader(
@@ -208,7 +219,7 @@ def make_loader(
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
         persistent_workers=keep_workers and workers > 0,
-        worker_init_fn=_one_thread,
+        worker_init_fn=functools.partial(_start_worker, progress_place()),
         # else every start of a loader would draw from the global generator, and a resumed run would go on otherwise
         generator=torch.Generator(),
     )

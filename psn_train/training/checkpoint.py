@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from psn_train.data.progress import note_progress
 from psn_train.training.runtime import RankState
 
 FORMAT = "psn_train.checkpoint/1"
@@ -102,6 +103,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int, bes
             with open(aside / name, "rb") as file:
                 os.fsync(file.fileno())
             sizes[name] = (aside / name).stat().st_size
+            note_progress()
         meta = {
             "format": FORMAT,
             **checkpoint.meta,

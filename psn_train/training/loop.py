@@ -26,6 +26,7 @@ from psn_train.training.runtime import (
     set_precision,
 )
 from psn_train.training.step import Updater
+from psn_train.training.watch import Watch, record_collectives
 
 
 def train(recipe: Recipe) -> int:
@@ -38,7 +39,14 @@ def train(recipe: Recipe) -> int:
         ValueError: the recipe does not fit the data, the devices or an existing run (ShardError, PlanError, ...).
             Also where the memory does not suffice.
         NonFiniteLoss: the loss is infinite or NaN.
+
+    A process that hangs, or that loses another rank, ends itself with `EXIT_HUNG` (watch.py).
     """
+    with Watch(recipe) as watch:
+        return _train(recipe, watch)
+
+
+def _train(recipe: Recipe, watch: Watch) -> int:
     # everything that can be wrong without a device
     zero_stage = check_engine(recipe)
     splits = open_splits(recipe)
@@ -50,10 +58,11 @@ def train(recipe: Recipe) -> int:
     # moving a model keeps its parameters, so an optimiser that cannot be made is found here, too
     optimizer = build_optimizer(model, recipe)
 
+    record_collectives(recipe)
     accelerator = build_accelerator(recipe, world_size)
     device, rank = accelerator.device, accelerator.process_index
     set_precision(recipe, device)
-    run = Run(recipe, plan, splits, accelerator)
+    run = Run(recipe, plan, splits, accelerator, watch)
     if run.resumes:
         run.load_weights(model)
     elif recipe.model.init_from is not None:
@@ -74,7 +83,7 @@ def train(recipe: Recipe) -> int:
         model.compile()
     inputs = TrainInputs(recipe, num_classes, device)
     engine = build_engine(recipe, plan, model, optimizer, accelerator)
-    updater = Updater(recipe, plan, engine, inputs, device, rank)
+    updater = Updater(recipe, plan, engine, inputs, device, rank, watch)
     seed_everything(recipe.seed, 1 + rank)
     run.resume(updater)
     run.say(headline(recipe, plan, device, run.step, splits.text, engine.name))
@@ -85,6 +94,7 @@ def train(recipe: Recipe) -> int:
     def evaluate_epoch(epoch: int) -> bool:
         """True where the selected figure is the best so far."""
         begin = time.monotonic()
+        watch.phase("evaluate")
         run.stop.settle()
         firing = recipe.log.firing_rates
         # hooks count the spikes, and a compiled graph would not call them
@@ -98,6 +108,7 @@ def train(recipe: Recipe) -> int:
 
     def evaluate_test() -> None:
         """The test set, looked at once: under the weights of the best and of the last checkpoint."""
+        watch.phase("test")
         run.stop.settle()
         loader, figures = loaders.evaluation(splits.test), {}
         wanted = run.results.to_test(run.checkpoints, run.step)
@@ -141,8 +152,10 @@ def train(recipe: Recipe) -> int:
                 evaluate_test()
             except EvaluationStopped:
                 complete = False
+        watch.phase("end")
         run.finish(complete)
     except (RuntimeError, MemoryError) as error:
+        watch.lost(error)
         if (text := out_of_memory(error, recipe, plan)) is not None:
             raise ValueError(text) from error
         blame = updater.guard.blame()

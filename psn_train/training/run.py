@@ -37,8 +37,10 @@ from psn_train.training.checkpoint import (
 from psn_train.training.evaluate import Result
 from psn_train.training.metrics import Display, MetricsFile, start_trackers
 from psn_train.training.results import Results, evaluation_line, evaluation_scalars, test_line
-from psn_train.training.runtime import RankState, StopSignal, all_reduce_sum, average_batch_norm, versions
+from psn_train.training.runtime import RankState, StopSignal, average_batch_norm, gather_rows, versions
 from psn_train.training.step import Updater, training_figures
+from psn_train.training.stragglers import Stragglers
+from psn_train.training.watch import Watch
 
 
 class RunError(ValueError):
@@ -48,7 +50,7 @@ class RunError(ValueError):
 class Run:
     """One process's view of the run. Only the main process writes."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, splits: Splits, accelerator):
+    def __init__(self, recipe: Recipe, plan: Plan, splits: Splits, accelerator, watch: Watch):
         self.recipe, self.plan, self.accelerator = recipe, plan, accelerator
         self.path = recipe.run_path
         self.device, self.is_main = accelerator.device, accelerator.is_main_process
@@ -60,13 +62,19 @@ class Run:
         self.waited = 0.0
         self.ema = None
         self.lambda_: float | None = None
-        self.stop = StopSignal()
+        self.stop, self.watch = StopSignal(), watch
+        self.stragglers = Stragglers(
+            watch, self.device, share=recipe.watch.slow_share, sync_bn=recipe.model.sync_bn and plan.world_size > 1
+        )
         self._started = self._last_log = time.monotonic()
         self._lock = None
         if self.is_main:
             self._lock_folder()
             clean(self.checkpoints)
         accelerator.wait_for_everyone()
+        watch.start(self.stop)
+        if plan.world_size > 1:
+            self.stragglers.meet()
         found = last_checkpoint(self.checkpoints)
         self.saved = read_checkpoint(found) if found is not None else None
         if self.saved is not None:
@@ -128,7 +136,8 @@ class Run:
             updater.engine.load_optimizer_state(saved.optimizer)
             meta = saved.meta
             updater.scaler.load_state_dict(meta["scaler"])
-            self.step, self.owed_epoch = meta["step"], meta["owed_epoch"]
+            self.step = self.watch.step = meta["step"]
+            self.owed_epoch = meta["owed_epoch"]
             self.seconds = meta["seconds"]
             if (selected := self.results.load(meta)) is not None:
                 self.say(f"the best epoch so far was selected {selected}; it is forgotten")
@@ -184,8 +193,10 @@ class Run:
         batches = iter(loader)
         while True:
             begin = time.monotonic()
+            self.watch.phase("data")
             batch = next(batches, None)
             self.waited += time.monotonic() - begin
+            self.watch.phase("compute")
             if batch is None:
                 return
             yield batch
@@ -199,6 +210,7 @@ class Run:
 
     def after_update(self, updater: Updater, used: list[Batch], log_now: bool) -> None:
         self.step += 1
+        self.watch.after_update(self.step)
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
         self._note_bad([name for batch in used for name in batch.bad])
@@ -218,20 +230,24 @@ class Run:
 
     def _log_training(self, updater: Updater) -> None:
         now = time.monotonic()
-        window = updater.window.clone()
-        bad = torch.tensor([float(len(self.bad)), self.waited], dtype=torch.float64, device=self.device)
-        all_reduce_sum(window, bad)
-        unreadable, waited = bad.tolist()
+        own = torch.tensor([len(self.bad), self.waited, *self.stragglers.measured()], dtype=torch.float64)
+        # one exchange and one wait for the device
+        ranks = gather_rows(torch.cat([updater.window, own.to(self.device)])).cpu()
+        *window, unreadable, waited = ranks[:, :7].sum(0).tolist()
         steps, elapsed = max(self.step - self._last_step, 1), now - self._last_log
         record = {
             "kind": "train",
             "step": self.step,
             "epoch": self.plan.epoch_of(self.step - 1),
-            **training_figures(updater, window.tolist()),
+            **training_figures(updater, window),
             "images_per_s": steps * self.plan.global_batch_size / elapsed,
             "data_wait": min(waited / self.plan.world_size / elapsed, 1.0),
             "bad_samples": int(unreadable),
         }
+        if self.plan.world_size > 1:
+            record.update(self.stragglers.figures(ranks[:, 7:], steps))
+            for line in self.stragglers.slow(ranks[:, 7:], steps, elapsed):
+                self.say(line)
         if (lambda_ := get_lambda(self.model)) is not None:
             record["lambda"] = lambda_
         if self.device.type == "cuda":
@@ -312,8 +328,10 @@ class Run:
         """A checkpoint of this very step; every rank takes part, the main process writes."""
         from accelerate.utils import gather_object
 
+        self.watch.phase("save")
         state = RankState.capture(self.model, self.device)
         state.tensors["window"] = updater.window.cpu()
+        self.watch.phase("wait")
         gathered = gather_object([(state, self.bad)]) if self.plan.world_size > 1 else [(state, self.bad)]
         # every rank has a part of what an engine divides
         model, optimizer = updater.engine.weights(), updater.engine.optimizer_state()
@@ -322,6 +340,7 @@ class Run:
         if self.ema is not None:
             ema = {**self.ema.module.state_dict(), **average_batch_norm(self.ema.module)}
         if self.is_main:
+            self.watch.phase("save")
             meta = {
                 "step": self.step,
                 "samples_seen": self.step * self.plan.global_batch_size,
@@ -354,6 +373,7 @@ class Run:
                 keep_last=self.recipe.checkpoint.keep_last,
                 best=self.results.best_mark() if improved else None,
             )
+        self.watch.phase("wait")
         self.accelerator.wait_for_everyone()
 
     def finish(self, complete: bool) -> None:
