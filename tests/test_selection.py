@@ -287,8 +287,8 @@ def read_best_step(document: dict) -> int:
 def test_a_kill_between_LAST_and_BEST_is_repaired(splitting, train_in_child):
     document = splitting()
     kill = """
-import os, signal, psn_train.training.checkpoint as m
-m._write_best = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+import os, signal, psn_train.training.checkpoint_files as m
+m.write_best = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
 """
     status, log = train_in_child(document, before=kill)
     assert status == -signal.SIGKILL, log

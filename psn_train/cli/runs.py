@@ -19,7 +19,7 @@ def add(verbs, verb) -> None:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=0.05")
 
     evaluate = verb("eval", _eval, "evaluate a run, a checkpoint or a timm folder on shards")
-    evaluate.add_argument("checkpoint", help="a run's folder, a folder step_XXXXXXXX, or a timm folder")
+    evaluate.add_argument("checkpoint", help="a run's folder, a folder step_XXXXXXXX, a URL of one, or a timm folder")
     evaluate.add_argument("--shards", required=True, help="folder or URL of shards with an index.json")
     evaluate.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run")
     evaluate.add_argument(
@@ -41,7 +41,7 @@ def add(verbs, verb) -> None:
     verb("doctor", _doctor, "versions, devices, backends; what is missing and what to do about it")
 
     publish = verb("publish", _publish, "write a run's checkpoint as a folder in timm's hub format")
-    publish.add_argument("checkpoint", help="a run's folder or a folder step_XXXXXXXX")
+    publish.add_argument("checkpoint", help="a run's folder or a folder step_XXXXXXXX, or a URL of one")
     publish.add_argument("--to-folder", required=True, metavar="DIR")
     publish.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run")
 

@@ -117,6 +117,11 @@ def impossible_combinations(recipe: Recipe) -> list[str]:
         checkpoint.every_epochs is None and checkpoint.every_steps is None,
         "checkpoint.every_epochs: a run that never saves; set every_epochs or every_steps",
     )
+    store, _, path = (checkpoint.dir or "here").rpartition("://")
+    wrong(
+        not path.strip("/") or "::" in store,
+        f"checkpoint.dir: got {checkpoint.dir!r}; wanted a folder, or one URL with a bucket, such as s3://bucket/run",
+    )
     return problems
 
 

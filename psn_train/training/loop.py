@@ -24,6 +24,7 @@ from psn_train.training.runtime import (
     seed_everything,
     set_precision,
 )
+from psn_train.training.saving import check_room
 from psn_train.training.step import Updater
 
 
@@ -47,6 +48,7 @@ def train(recipe: Recipe) -> int:
     model = build_model(recipe, num_classes)
     # moving a model keeps its parameters, so an optimiser that cannot be made is found here, too
     optimizer = build_optimizer(model, recipe)
+    check_room(recipe, model)
 
     accelerator = build_accelerator(recipe, world_size)
     device, rank = accelerator.device, accelerator.process_index
@@ -128,6 +130,8 @@ def train(recipe: Recipe) -> int:
                     stopping = True
             if stopping or improved or run.save_due(ended, last=run.step == final_step):
                 run.save(updater, improved)
+        # the test set is shown what was written
+        run.check_saved()
         complete = run.step == final_step and run.owed_epoch is None
         if complete and run.test_due():
             try:
