@@ -230,9 +230,13 @@ def reference(small):
     return document["run_dir"]
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(small, reference, monkeypatch):
-    """The first save ends only after two more updates, the second only when the third is due."""
-    document, gone_on = small("beside", checkpoint=EVERY), threading.Event()
+def test_training_goes_on_while_a_checkpoint_is_written(small, monkeypatch):
+    """The first save begins to be written only after two more updates, and yet is of its moment."""
+    keeping = {**EVERY, "keep_last": 9}
+    reference = small("kept", checkpoint=keeping, ema={"decay": 0.9}, log={"every_steps": 3})["run_dir"]
+    assert train_here(small("kept", checkpoint=keeping, ema={"decay": 0.9}, log={"every_steps": 3})) == 0
+    document = small("beside", checkpoint=keeping, ema={"decay": 0.9}, log={"every_steps": 3})
+    gone_on = threading.Event()
     write, update, writers = checkpoint_files.write_tensors, Updater.run, set()
 
     def slow(file, tensors):
@@ -250,6 +254,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(small, reference, monkey
     assert train_here(document) == 0
     assert writers == {"save"}
     assert_same_run(document["run_dir"], reference)
+    for path in folders(Path(reference) / "checkpoints", "step_"):
+        own = Path(document["run_dir"]) / "checkpoints" / path.name
+        for file in path.glob("*.safetensors"):
+            assert file.read_bytes() == (own / file.name).read_bytes(), f"{path.name}/{file.name}"
+        one, other = (read_checkpoint(folder).meta for folder in (own, path))
+        for key in ("step", "scaler", "optimizer_scalars", "ranks", "owed_epoch", "bad"):
+            assert one[key] == other[key], key
 
 
 def test_a_save_that_is_due_waits_for_the_one_before(small, reference, monkeypatch, capsys):
@@ -295,9 +306,13 @@ def test_what_was_to_be_saved_and_is_not_is_an_error_in_the_end(small, reference
 
 # tensorboard's thread ends by the error that its next caller gets
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_under_the_whole_run(small, reference, small_disk, monkeypatch, capsys):
+def test_a_full_disk_under_the_whole_run(small, small_disk, monkeypatch, capsys):
     """metrics.jsonl, tensorboard and the checkpoints, from the fourth update to the fifteenth."""
-    document = small("full", checkpoint={**EVERY, "write_attempts": 1}, log={"trackers": ["tensorboard"]})
+    # metrics.jsonl fills several pages
+    log = {"trackers": ["tensorboard"], "every_steps": 1}
+    reference = small("roomy", checkpoint=EVERY, log=log)["run_dir"]
+    assert train_here(small("roomy", checkpoint=EVERY, log=log)) == 0
+    document = small("full", checkpoint={**EVERY, "write_attempts": 1}, log=log)
     disk = small_disk(8)
     document["run_dir"] = str(disk / "run")
     filling, update = disk / "others", Updater.run

@@ -285,7 +285,7 @@ class Run:
 
         self.wait_for_saver()
         state = RankState.capture(self.model, self.device)
-        state.tensors["window"] = updater.window.cpu()
+        state.tensors["window"] = updater.window.to("cpu", copy=True)
         gathered = gather_object([(state, self.bad)]) if self.plan.world_size > 1 else [(state, self.bad)]
         model = {**self.model.state_dict(), **average_batch_norm(self.model)}
         ema = None

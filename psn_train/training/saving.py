@@ -7,6 +7,7 @@ store fails. What it has to say waits in `messages`, for the thread that trains 
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import os
 import threading
@@ -96,11 +97,11 @@ class HostMemory:
             return copied
 
         copied = Checkpoint(
-            meta=checkpoint.meta,
+            meta=copy.deepcopy(checkpoint.meta),
             model=part("model", checkpoint.model),
             ema=part("ema", checkpoint.ema) if checkpoint.ema is not None else None,
             optimizer={**checkpoint.optimizer, "tensors": part("optimizer", checkpoint.optimizer["tensors"])},
-            # captured as copies
+            # copies already: see RankState.capture
             ranks=checkpoint.ranks,
         )
         for device in devices:
