@@ -152,6 +152,32 @@ m.Updater.run = signalled
     assert_same_run(document["run_dir"], reference)
 
 
+def test_signal_while_a_slow_disk_is_written_to(small, train_in_child, reference):
+    """A checkpoint of the fourth update is being written until the signal has come, and for a while after it."""
+    document = small("slow", **STATEFUL)
+    send = """
+import os, signal, threading, psn_train.training.checkpoint_files as m, psn_train.training.step as s
+write, run, sent = m.write_tensors, s.Updater.run, threading.Event()
+def slow(file, tensors):
+    assert sent.wait(60)
+    threading.Event().wait(0.5)
+    return write(file, tensors)
+def signalled(self, batches, step):
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sent.set()
+    return run(self, batches, step)
+m.write_tensors, s.Updater.run = slow, signalled
+"""
+    status, log = train_in_child(document, before=send)
+    assert status == EXIT_STOPPED, log
+    assert "stopped by SIGTERM after step 6; all is saved" in log
+    assert last_checkpoint(Path(document["run_dir"]) / "checkpoints").name == "step_00000006"
+    status, log = train_in_child(document)
+    assert status == 0 and "goes on after step 6" in log
+    assert_same_run(document["run_dir"], reference)
+
+
 def test_signal_in_an_evaluation_owes_it(small, train_in_child, reference):
     document = small("owing", **STATEFUL)
     send = """

@@ -15,7 +15,7 @@ from psn_train.recipe import check_recipe, make_plan
 from psn_train.training.build import open_splits
 from psn_train.training.checkpoint import find_checkpoint, read_best, read_meta
 from psn_train.training.results import SelectionError
-from psn_train.training.run import RunError
+from psn_train.training.run_folder import RunError
 from psn_train.training.runtime import EXIT_STOPPED
 
 
