@@ -12,7 +12,7 @@ from conftest import assert_same_run, metrics, weights
 
 from psn_train.recipe import check_recipe
 from psn_train.training.checkpoint import find_checkpoint, read_meta
-from psn_train.training.run import RunError
+from psn_train.training.run_folder import RunError
 
 STEPS = 19  # 3 epochs * 150 samples / batches of 24, rounded up
 

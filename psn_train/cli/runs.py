@@ -19,7 +19,7 @@ def add(verbs, verb) -> None:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=0.05")
 
     evaluate = verb("eval", _eval, "evaluate a run, a checkpoint or a timm folder on shards")
-    evaluate.add_argument("checkpoint", help="a run's folder, a folder step_XXXXXXXX, or a timm folder")
+    evaluate.add_argument("checkpoint", help="a run's folder, a folder step_XXXXXXXX, a URL of one, or a timm folder")
     evaluate.add_argument("--shards", required=True, help="folder or URL of shards with an index.json")
     evaluate.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run")
     evaluate.add_argument(
@@ -49,7 +49,7 @@ def add(verbs, verb) -> None:
     doctor.add_argument("--ranks", metavar="RUN", help="show instead where each rank of a run is, from RUN/ranks")
 
     publish = verb("publish", _publish, "write a run's checkpoint as a folder in timm's hub format")
-    publish.add_argument("checkpoint", help="a run's folder or a folder step_XXXXXXXX")
+    publish.add_argument("checkpoint", help="a run's folder or a folder step_XXXXXXXX, or a URL of one")
     publish.add_argument("--to-folder", required=True, metavar="DIR")
     publish.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run")
 

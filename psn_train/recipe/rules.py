@@ -128,6 +128,11 @@ def impossible_combinations(recipe: Recipe) -> list[str]:
         f"watch.heartbeat_s: got {watch.heartbeat_s:g}, not less than step_timeout_s = {watch.step_timeout_s:g}; a "
         "rank would be given up before it is heard of",
     )
+    store, _, path = (checkpoint.dir or "here").rpartition("://")
+    wrong(
+        not path.strip("/") or "::" in store,
+        f"checkpoint.dir: got {checkpoint.dir!r}; wanted a folder, or one URL with a bucket, such as s3://bucket/run",
+    )
     return problems
 
 

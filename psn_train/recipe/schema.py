@@ -235,6 +235,13 @@ class Checkpoint(Section):
     """Save after that many updates, too."""
     keep_last: Positive = 2
     """How many checkpoints stay, besides the best."""
+    dir: str | None = None
+    """Folder or URL (`s3://bucket/run`, `gs://bucket/run`, whatever fsspec knows) of the checkpoints; by default
+    `checkpoints` in the run's folder, where metrics.jsonl and results.json are in any case."""
+    write_attempts: Positive = 4
+    """How often a checkpoint is tried to be written, before training goes on without it to the next."""
+    retry_seconds: NonNegative = 5.0
+    """Seconds before the second attempt; doubled before each one after it."""
     select_by: Literal["top1", "ema_top1", "loss"] | None = None
     """The figure that the best is chosen by; by default `ema_top1` with an EMA, else `top1`."""
     accept_changes: bool = False

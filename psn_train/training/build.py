@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from psn_train.data.split_checks import load_splits
 from psn_train.models.conv_net import SequentialNet
 from psn_train.recipe import Recipe, held_out_samples
 from psn_train.training.checkpoint import read_weights
+from psn_train.training.storage import Place
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def check_image_size(model: nn.Module, recipe: Recipe) -> None:
         )
 
 
-def load_network(recipe: Recipe, path: Path, num_classes: int, weights: str = "auto") -> tuple[nn.Module, str]:
+def load_network(recipe: Recipe, path: Place, num_classes: int, weights: str = "auto") -> tuple[nn.Module, str]:
     """A checkpoint's network, on the CPU, in eval mode; and which weights it has, `model` or `ema`.
 
     Args:

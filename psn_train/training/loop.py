@@ -25,6 +25,7 @@ from psn_train.training.runtime import (
     seed_everything,
     set_precision,
 )
+from psn_train.training.saving import check_room
 from psn_train.training.step import Updater
 from psn_train.training.watch import Watch, record_collectives
 
@@ -57,6 +58,7 @@ def _train(recipe: Recipe, watch: Watch) -> int:
     model = build_model(recipe, num_classes)
     # moving a model keeps its parameters, so an optimiser that cannot be made is found here, too
     optimizer = build_optimizer(model, recipe)
+    check_room(recipe, model)
 
     record_collectives(recipe)
     accelerator = build_accelerator(recipe, world_size)
@@ -146,6 +148,8 @@ def _train(recipe: Recipe, watch: Watch) -> int:
                     stopping = True
             if stopping or improved or run.save_due(ended, last=run.step == final_step):
                 run.save(updater, improved)
+        # the test set is shown what was written
+        run.check_saved()
         complete = run.step == final_step and run.owed_epoch is None
         if complete and run.test_due():
             try:

@@ -258,6 +258,14 @@ class StopSignal:
         self.pending = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True), flag
         return answer
 
+    def of_main(self, value: float) -> float:
+        """The main process's value, on every rank."""
+        if self.group is None:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(shared, 0, group=self.group)
+        return shared.item()
+
     def settle(self) -> None:
         """Wait for what is under way: a process that is forked while gloo's threads work may hang in the fork."""
         if self.pending is not None:
