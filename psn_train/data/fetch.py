@@ -230,9 +230,10 @@ class _Http:
             if start != position:
                 raise FetchError(f"{self.shown}: asked for bytes from {position}, got bytes from {start}")
         version = response.headers.get("ETag"), total
-        if self.version is None:
-            self.version = version
-        elif any(a is not None and b is not None and a != b for a, b in zip(self.version, version, strict=True)):
+        self.version = self.version or version
+        # a length may be wrong; it tells where there is nothing better
+        by = 0 if self.version[0] and version[0] else 1
+        if None not in (self.version[by], version[by]) and self.version[by] != version[by]:
             raise ChangedError(f"{self.shown}: changed while it was fetched ({self.version}, now {version})")
 
         def blocks() -> Iterator[bytes]:

@@ -24,6 +24,8 @@ from psn_train.data.tar import HashingReader, walk_samples
 # fields of a sample's .json that hold its class, where there is no .cls
 JSON_LABELS = ("label", "cls", "class", "class_id", "target")
 _SHOWN = 5
+# with URLs and commands that fail
+PATIENCE = Patience()
 
 
 class _Stream:
@@ -50,7 +52,7 @@ def open_stream(url: str) -> Iterator[BinaryIO | _Stream]:
         with open(url, "rb") as file:
             yield file
     else:
-        with contextlib.closing(fetch_blocks(url, Patience())) as blocks:
+        with contextlib.closing(fetch_blocks(url, PATIENCE)) as blocks:
             yield _Stream(blocks)
 
 

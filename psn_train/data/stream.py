@@ -1,8 +1,8 @@
 """Shards -> batches of uint8 images or of packed recordings, for training and for evaluation.
 
 Training: micro-batch `m` of a rank is a function of the recipe and of `m`, so a loader starts anywhere without reading
-what came before. Evaluation: each rank has consecutive batches; every sample is seen exactly once. Samples that are held
-out of the training shards are never trained on, and are evaluated as validation shards would be.
+what came before. Evaluation: each rank has consecutive batches; every sample is seen exactly once. Samples that are
+held out of the training shards are never trained on, and are evaluated as validation shards would be.
 
 A sample that cannot be read is named in the batch's `bad` list. Its place is taken by a copy of the next good sample of
 the micro-batch (training) or by an image of zeros, a recording without events, of no class (evaluation).

@@ -198,11 +198,13 @@ def _changed_samples(shard: Shard, keys: list[str], crcs: list[int]) -> list[tup
     wanted = shard.crcs()
     if wanted is None or len(keys) != len(wanted):
         return []
-    return [
+    changed = [
         (key, f"its bytes changed: CRC-32 {crc:08x}, the index says {int(right):08x}")
         for key, crc, right in zip(keys, crcs, wanted, strict=False)
         if crc != right
     ]
+    # all of them: another shard, of which one line tells
+    return changed if len(changed) < len(keys) else []
 
 
 def _compare(shard: Shard, result: _ShardResult, offsets: list[int], sha256: str) -> None:

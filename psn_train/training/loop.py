@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from psn_train.data.decoders import start_server
 from psn_train.data.split_checks import class_count
 from psn_train.recipe import Recipe, make_plan
 from psn_train.training.build import build_model, check_channels_last, check_order, load_network, open_splits
@@ -38,6 +39,9 @@ def train(recipe: Recipe) -> int:
             Also where the memory does not suffice.
         NonFiniteLoss: the loss is infinite or NaN.
     """
+    if recipe.data.workers:
+        # it imports meanwhile, and is there before this process has threads
+        start_server()
     # everything that can be wrong without a device
     splits = open_splits(recipe)
     num_classes = class_count(recipe, splits.train.index)
