@@ -11,6 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
 
@@ -22,8 +23,9 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 def start_server() -> None:
     """Start this process's server, if there is none. It ends with this process, however that ends."""
-    # it unblocks signals where it is started
-    resource_tracker.ensure_running()
+    # the server would start it, and it unblocks signals where it is started
+    with _blocked():
+        resource_tracker.ensure_running()
     with _one_thread_each(), _blocked():
         # a signal to the whole group is for the training process, which ends its decoding processes itself
         multiprocessing.get_context("forkserver").set_forkserver_preload([_PRELOADED])
@@ -38,6 +40,19 @@ def leave_group() -> None:
         signal.sigwait(pending)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _GROUP_SIGNALS)
+
+
+def end_with_trainer() -> None:
+    """In a decoding process: end when the training process does, however that ends.
+
+    torch looks at the parent, which is the server, and the server waits for those that it has forked.
+    """
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name="end with trainer").start()
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from psn_train.data.fetch import FetchError, Patience, fetch_bytes
 
 FORMAT = "psn_train.shards/1"
 INDEX_NAME = "index.json"
+_FETCHES = 3
 _ANEW = "Make it anew with `psn shards index`."
 
 
@@ -138,6 +139,16 @@ def _advice(where: str) -> str:
     )
 
 
+def _fetch_json(url: str, patience: Patience) -> bytes:
+    """An index has no checksum: one that a server or a proxy cut, its length included, shows by being no JSON."""
+    for _ in range(_FETCHES):
+        text = fetch_bytes(url, patience)
+        with contextlib.suppress(ValueError):
+            json.loads(text)
+            break
+    return text
+
+
 def load_index(where: str | os.PathLike, patience: Patience | None = None) -> ShardIndex:
     """Read the index of a folder of shards.
 
@@ -152,7 +163,7 @@ def load_index(where: str | os.PathLike, patience: Patience | None = None) -> Sh
     where = os.fspath(where)
     url = where if where.endswith(".json") else where.rstrip("/") + "/" + INDEX_NAME
     try:
-        text = fetch_bytes(url, patience or Patience()) if is_url(url) else Path(url).read_bytes()
+        text = _fetch_json(url, patience or Patience()) if is_url(url) else Path(url).read_bytes()
     except FetchError as error:
         raise NoShards(f"no shards at {where}: {error}. An index is what `psn shards` writes beside them.") from error
     except (OSError, ValueError) as error:

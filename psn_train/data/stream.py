@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from psn_train.data.ahead import FetchAhead, Need, lag_of, shard_needs
-from psn_train.data.decoders import leave_group, start_server
+from psn_train.data.decoders import end_with_trainer, leave_group, start_server
 from psn_train.data.event_stream import EventSamples
 from psn_train.data.frames.batched import PackedEvents
 from psn_train.data.images import (
@@ -260,6 +260,7 @@ class EvalStream(ShardStream):
 
 def _begin(worker: int) -> None:
     leave_group()
+    end_with_trainer()
     # a decoding process with as many threads as cores fights the others for them
     torch.set_num_threads(1)
     keep_freed_memory()
