@@ -1,6 +1,7 @@
 """Fixtures: small shards of real digits, shared data where it is present, training runs in processes of their own."""
 
 import copy
+import dataclasses
 import faulthandler
 import json
 import multiprocessing
@@ -89,6 +90,15 @@ def digit_shards(digits, tmp_path_factory) -> Path:
         source = ArraySource(images[chosen], labels[chosen], classes)
         write_shards(source, folder / split, split=split, num_shards=shards, workers=1, progress=False)
     return folder
+
+
+def without_crcs(folder: Path) -> None:
+    """Make the index one of those that know no CRC-32 of samples, or that were made of shards damaged already."""
+    from psn_train.data.index import load_index, save_index
+
+    index = load_index(folder)
+    shards = [dataclasses.replace(shard, crc32=None) for shard in index.shards]
+    save_index(dataclasses.replace(index, shards=shards), folder)
 
 
 @pytest.fixture

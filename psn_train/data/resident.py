@@ -148,7 +148,7 @@ class ResidentTrainStream(TrainStream):
 
 
 class ResidentEvalStream(EvalStream):
-    """Item `i` is batch `rank + i * world_size` of the samples in the index's order, on the device."""
+    """Item `i` is batch `i` of this rank, of the samples in the index's order, on the device."""
 
     block_size = 1
 

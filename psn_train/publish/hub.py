@@ -224,6 +224,7 @@ def evaluate_folder(
     on_batch=None,
 ):
     """Evaluate a run, a checkpoint or a timm folder on shards; see `training.evaluate.evaluate`."""
+    from psn_train.data.cache import open_cache
     from psn_train.data.reader import SampleReader
     from psn_train.training.evaluate import evaluate, make_eval_loader
 
@@ -240,8 +241,7 @@ def evaluate_folder(
         )
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
     place = _device(device)
-    cache = Path(recipe.data.cache_dir or Path(where) / "shards")
-    reader = SampleReader(index, cache_dir=cache, cache_bytes=recipe.data.cache_gb * 1e9)
+    reader = SampleReader(index, open_cache(recipe.data, Path(where) / "shards"))
     loader = make_eval_loader(recipe, reader, batch_size=batch_size, device=place)
     result = evaluate(model.to(place), recipe, loader, device=place, firing=firing, on_batch=on_batch)
     return result, recipe, meta

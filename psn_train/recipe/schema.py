@@ -92,7 +92,11 @@ class Data(Section):
     cache_dir: str | None = None
     """Where shards of URLs are kept; by default a folder in the run's."""
     cache_gb: Annotated[float, Field(gt=0)] = 100.0
-    """Bound of that folder, in 10^9 bytes."""
+    """Bound of that folder, in 10^9 bytes; what training reads at the same time has to fit."""
+    fetch_attempts: Positive = 8
+    """Failures in a row after which a shard of a URL is given up; one that brought a MiB begins anew."""
+    fetch_stall_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds without a byte of a URL after which it is asked for anew."""
 
     @property
     def selected_on(self) -> Literal["val", "held out", "test"] | None:
@@ -321,6 +325,8 @@ NEUTRAL = (
     "data.workers",
     "data.cache_dir",
     "data.cache_gb",
+    "data.fetch_attempts",
+    "data.fetch_stall_s",
     "data.max_bad_samples",
     "schedule.stop_after_steps",
     "checkpoint",

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import os
+import platform
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
+from psn_train.data.ahead import check_cache, lag_of, processes_here
+from psn_train.data.cache import open_cache
 from psn_train.data.event_index import split_text
 from psn_train.data.order import held_out_ids
 from psn_train.data.reader import SampleReader
 from psn_train.data.split_checks import load_splits
+from psn_train.data.stream import PREFETCH, TrainStream
 from psn_train.models.conv_net import SequentialNet
-from psn_train.recipe import Recipe, held_out_samples
+from psn_train.recipe import Plan, Recipe, held_out_samples
 from psn_train.training.checkpoint import read_weights
+from psn_train.training.runtime import launched_processes
 from psn_train.training.storage import Place
 
 
@@ -45,17 +51,29 @@ def open_splits(recipe: Recipe) -> Splits:
         PlanError: more samples are to be held out than there are.
     """
     data = recipe.data
-    cache = data.cache_dir or recipe.run_path / "shards"
-    readers = {
-        split: SampleReader(index, cache_dir=cache, cache_bytes=data.cache_gb * 1e9)
-        for split, index in load_splits(recipe).items()
-    }
+    indices = load_splits(recipe)
+    # what an evaluation reads: a shard, and the next one
+    largest = [shard.num_bytes for split, index in indices.items() if split != "train" for shard in index.shards]
+    spared = 2 * processes_here() * max(largest, default=0)
+    folder = recipe.run_path / "shards"
+    if launched_processes() > processes_here():
+        # run folders lie where all nodes see them, and every node has a cache of its own
+        folder /= platform.node()
+    cache = open_cache(data, folder, spared=spared)
+    readers = {split: SampleReader(index, cache) for split, index in indices.items()}
     train = readers["train"]
     select, ids = readers.get(data.selected_on), None
     if data.selected_on == "held out":
         samples = train.index.num_samples
         select, ids = train, held_out_ids(samples, held_out_samples(data, samples), data.hold_out_seed)
     return Splits(train, select, ids, readers.get("test"))
+
+
+def check_order(recipe: Recipe, plan: Plan, splits: Splits) -> None:
+    """Raises ShardError where the cache of shards is too small for the order of training; shards of URLs only."""
+    if splits.train.has_remote and not recipe.data.resident:
+        stream = TrainStream(recipe, plan, splits.train, rank=int(os.environ.get("RANK", "0")))
+        check_cache(splits.train, next(stream.needs(0)), lag_of(recipe.data.workers, PREFETCH))
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:

@@ -6,9 +6,10 @@ import time
 
 import torch
 
+from psn_train.data.decoders import start_server
 from psn_train.data.split_checks import class_count
 from psn_train.recipe import Recipe, make_plan
-from psn_train.training.build import build_model, check_channels_last, load_network, open_splits
+from psn_train.training.build import build_model, check_channels_last, check_order, load_network, open_splits
 from psn_train.training.engine import build_engine, check_engine
 from psn_train.training.evaluate import EvaluationStopped, evaluate
 from psn_train.training.inputs import TrainInputs
@@ -48,12 +49,16 @@ def train(recipe: Recipe) -> int:
 
 
 def _train(recipe: Recipe, watch: Watch) -> int:
+    if recipe.data.workers:
+        # it imports meanwhile, and is there before this process has threads
+        start_server()
     # everything that can be wrong without a device
     zero_stage = check_engine(recipe)
     splits = open_splits(recipe)
     num_classes = class_count(recipe, splits.train.index)
     world_size = launched_processes()
     plan = make_plan(recipe, world_size=world_size, train_samples=splits.train.index.num_samples)
+    check_order(recipe, plan, splits)
     seed_everything(recipe.seed)
     model = build_model(recipe, num_classes)
     # moving a model keeps its parameters, so an optimiser that cannot be made is found here, too
