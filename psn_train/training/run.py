@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 from psn_train.data.index import ShardError
 from psn_train.data.stream import Batch
 from psn_train.neurons import get_lambda, set_lambda
-from psn_train.recipe import Plan, Recipe, recipe_hash
+from psn_train.recipe import Plan, Recipe
 from psn_train.training.build import Splits
+from psn_train.training.capture import capture_checkpoint
 from psn_train.training.checkpoint import (
-    Checkpoint,
     CheckpointError,
     read_newest,
 )
@@ -34,7 +34,7 @@ from psn_train.training.evaluate import Result
 from psn_train.training.metrics import Display, MetricsFile, start_trackers
 from psn_train.training.results import Results, evaluation_line, evaluation_scalars, test_line
 from psn_train.training.run_folder import check_checkpoints, check_same_recipe, lock_folder
-from psn_train.training.runtime import RankState, StopSignal, average_batch_norm, gather_rows, versions
+from psn_train.training.runtime import StopSignal, average_batch_norm, gather_rows
 from psn_train.training.saving import Saver, checkpoints_place
 from psn_train.training.step import Updater, training_figures
 from psn_train.training.stragglers import Stragglers
@@ -158,6 +158,11 @@ class Run:
                 f"saved by {len(saved.ranks)} processes, resumed by {self.plan.world_size}: the samples and their "
                 "order stay; dropout draws other random numbers"
             )
+
+    @property
+    def total_seconds(self) -> float:
+        """Of this start and of those before."""
+        return self.seconds + time.monotonic() - self._started
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -309,53 +314,13 @@ class Run:
 
     def save(self, updater: Updater, improved: bool) -> None:
         """A checkpoint of this very step; every rank takes part, a thread of the main process writes."""
-        from accelerate.utils import gather_object
-
         self.watch.phase("wait")
         self.wait_for_saver()
-        self.watch.phase("save")
-        state = RankState.capture(self.model, self.device)
-        state.tensors["window"] = updater.window.to("cpu", copy=True)
-        self.watch.phase("wait")
-        gathered = gather_object([(state, self.bad)]) if self.plan.world_size > 1 else [(state, self.bad)]
-        # every rank has a part of what an engine divides
-        model, optimizer = updater.engine.weights(), updater.engine.optimizer_state()
-        model = {**model, **average_batch_norm(self.model)}
-        ema = None
-        if self.ema is not None:
-            ema = {**self.ema.module.state_dict(), **average_batch_norm(self.ema.module)}
+        checkpoint = capture_checkpoint(self, updater)
         if self.is_main:
             self.watch.phase("save")
-            checkpoint = Checkpoint(
-                meta=self._meta(updater, sorted({name for _, bad in gathered for name in bad})),
-                model=model,
-                ema=ema,
-                optimizer=optimizer,
-                ranks=[state for state, _ in gathered],
-            )
             self.saver.start(checkpoint, self.results.best_mark() if improved else None, self.metrics.sync)
         self.watch.phase("wait")
-
-    def _meta(self, updater: Updater, bad: list[str]) -> dict:
-        return {
-            "step": self.step,
-            "samples_seen": self.step * self.plan.global_batch_size,
-            "epoch": self.step * self.plan.global_batch_size / self.plan.train_samples,
-            "owed_epoch": self.owed_epoch,
-            "lambda": get_lambda(self.model),
-            "scaler": updater.scaler.state_dict(),
-            "results": self.results.state(),
-            "split": self.results.split,
-            "bad": bad,
-            "seconds": self.seconds + time.monotonic() - self._started,
-            "metrics_bytes": self.metrics.size(),
-            "num_classes": self.model.num_classes,
-            "recipe": self.recipe.resolved(),
-            "recipe_hash": recipe_hash(self.recipe),
-            "versions": versions(),
-            "world_size": self.plan.world_size,
-            "device": "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
-        }
 
     def wait_for_saver(self) -> None:
         """Until nothing is being written; warns where that takes long."""
@@ -396,7 +361,7 @@ class Run:
 
     def finish(self, complete: bool) -> None:
         """Say how it ended, and write results.json if it is over."""
-        seconds, results = self.seconds + time.monotonic() - self._started, self.results
+        seconds, results = self.total_seconds, self.results
         if not complete:
             untested = results.tests_once and self.step == self.plan.total_steps
             owed = "; the next start looks at the test set" if untested else ""
