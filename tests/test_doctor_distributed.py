@@ -123,6 +123,7 @@ if rank == 2:
     assert len(told) == 5 and "5 to mend" in output, output
 
 
+@pytest.mark.long
 def test_a_rank_that_stalls_is_named_and_nobody_waits_for_it(tmp_path):
     before = f"""
 {WITHOUT_ZERO}
@@ -170,7 +171,9 @@ def test_shards_that_differ_and_a_full_disk_are_named(small, digit_shards, tmp_p
     for rank, folder in enumerate((digit_shards / "train", other, cut)):
         recipe_file(merged(document, {"data": {"train": str(folder)}}), tmp_path, f"rank{rank}.yaml")
     before = WITHOUT_ZERO + f'sys.argv.insert(1, {str(tmp_path)!r} + f"/rank{{rank}}.yaml")\n'
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(full)], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(full)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("this container may not mount a tmpfs")
     try:
         status, output = doctor(tmp_path, 3, before=before)
     finally:
