@@ -147,6 +147,15 @@ def test_what_cannot_work_is_refused(overrides, cluster, question, found):
     assert any(found in problem for problem in report.problems), report.problems
 
 
+def test_a_bound_that_gives_no_pairs_is_not_proposed(small):
+    """mixup mixes pairs: an odd micro-batch cannot be."""
+    recipe = check_recipe(small(augment={"mixup": 0.2}, data={"global_batch_size": 18}, model={"in_chans": 1}))
+    whole = make_report(recipe, Cluster())
+    limit = (whole.memory.total - 1) / 2**30
+    report = make_report(recipe, Cluster(memory_gib=limit))
+    assert report.largest_micro_batch in range(2, 18, 2) and "the largest that fits" in report.problems[0]
+
+
 def test_all_problems_are_told_at_once():
     report = make_report(
         packaged("precision.dtype=bf16", "ema.decay=0.9", "data.max_batch_per_device=null"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from psn_train.data.index import ShardError, ShardIndex, is_url
 from psn_train.data.split_checks import load_splits
+from psn_train.doctor.machine import REQUIRED
 from psn_train.recipe import Recipe, load_recipe, recipe_hash, recipe_path
 from psn_train.training.memory import count_update
 from psn_train.training.runtime import versions
@@ -36,7 +39,7 @@ def open_recipe(name: str | None, overrides: list[str]) -> tuple[Recipe | None, 
 
 def gather_facts(recipe: Recipe | None, error: str | None, device: torch.device) -> dict:
     """Everything as JSON: "same" must agree on all ranks, "wrong" are this rank's own problems."""
-    same, wrong = {f"version of {name}": value for name, value in versions().items()}, []
+    same, wrong = {f"version of {name}": value for name, value in package_versions().items()}, []
     same["CUDA of torch"] = str(torch.version.cuda)
     same["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     same["deepspeed"] = "here" if "version of deepspeed" in same else "missing"
@@ -60,6 +63,15 @@ def gather_facts(recipe: Recipe | None, error: str | None, device: torch.device)
             "set run_dir"
         )
     return {"same": same, "wrong": wrong, "free": free, "folder": str(folder)}
+
+
+def package_versions() -> dict[str, str]:
+    """Of what computes the weights, and of all else that training needs."""
+    found = versions()
+    for package in REQUIRED:
+        with contextlib.suppress(PackageNotFoundError):
+            found.setdefault(package, version(package))
+    return found
 
 
 def free_bytes(folder: Path) -> int:

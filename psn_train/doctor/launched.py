@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import threading
@@ -17,7 +18,7 @@ from datetime import timedelta
 
 from torch.distributed import DistError, PrefixStore, TCPStore
 
-# beyond a timeout, for errors to arrive by themselves before a process is ended from within
+# beyond a stage's timeout: after a third of it nobody is waited for any more, after all of it a process ends itself
 GRACE = 15.0
 
 
@@ -70,7 +71,9 @@ class Meeting:
         self.local_rank = int(environment.get("LOCAL_RANK", "0"))
         self.host, self.timeout = socket.gethostname(), timeout
         self.hosts: list[str] = [self.host] * self.size
-        self.stage, self._watch = "meeting", None
+        self._watch: threading.Timer | None = None
+        if self.size > 1:
+            self._heed_launcher()
         self.watch("meeting")
         address, port = environment.get("MASTER_ADDR", "127.0.0.1"), int(environment.get("MASTER_PORT", "0"))
         # torchrun and accelerate keep the store in the launcher
@@ -94,9 +97,10 @@ class Meeting:
 
     def watch(self, stage: str) -> None:
         """From here on it is `stage`; a stage that outlasts the timeout ends this process."""
-        self.stage = stage
         self.rest()
-        self._watch = threading.Timer(self.timeout + GRACE, self._end)
+        self.stage, self._deadline = stage, time.monotonic() + self.timeout
+        text = f"did not get beyond: {stage} ({self.timeout:g} s)"
+        self._watch = threading.Timer(self.timeout + GRACE, self._end, (text,))
         self._watch.daemon = True
         self._watch.start()
 
@@ -104,10 +108,23 @@ class Meeting:
         if self._watch is not None:
             self._watch.cancel()
 
-    def _end(self) -> None:
-        text = f"problem: rank {self.rank} ({self.host}) did not get beyond: {self.stage} ({self.timeout:g} s)\n"
-        os.write(1, text.encode())
+    def _end(self, text: str) -> None:
+        os.write(1, f"problem: rank {self.rank} ({self.host}) {text}\n".encode())
         os._exit(1)
+
+    def _heed_launcher(self) -> None:
+        """Launchers end all processes when one has died: say where this one was, though it hangs in a collective."""
+        heard, said = os.pipe()
+        os.set_blocking(said, False)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.set_wakeup_fd(said, warn_on_full_buffer=False)
+
+        def listen() -> None:
+            while os.read(heard, 1) != bytes([signal.SIGTERM]):
+                pass
+            self._end(f"was ended by the launcher at: {self.stage}; another process had died, which the launcher names")
+
+        threading.Thread(target=listen, daemon=True).start()
 
     def gather(self, stage: str, answer: dict) -> list[dict]:
         """Every rank's answer, by rank.
@@ -115,9 +132,10 @@ class Meeting:
         Raises:
             Absent: not all answered in time.
         """
-        self.watch(stage)
+        if stage != self.stage:
+            self.watch(stage)
         self.store.set(f"{stage}/{self.rank}", json.dumps(answer))
-        end, answers = time.monotonic() + self.timeout, []
+        end, answers = self._deadline + GRACE / 3, []
         keys = [f"{stage}/{rank}" for rank in range(self.size)]
         for key in keys:
             left = max(end - time.monotonic(), 0.01)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_REQUIRED = {
+REQUIRED = {
     "torch": "2.6",
     "torchvision": "0.21",
     "timm": "1.0.15",
@@ -53,7 +53,7 @@ def _parts(text: str) -> tuple[int, ...]:
 
 def _versions(problems: list[str]) -> Table:
     table = Table("package", "version", "", title="packages")
-    for package, least in _REQUIRED.items():
+    for package, least in REQUIRED.items():
         try:
             found = version(package)
         except PackageNotFoundError:
@@ -69,7 +69,7 @@ def _versions(problems: list[str]) -> Table:
             table.add_row(package, version(package), "")
         except PackageNotFoundError:
             table.add_row(package, "-", escape(f"optional; {use}"))
-    if "pillow" in _REQUIRED and _parts(version("pillow")) >= (13,):
+    if "pillow" in REQUIRED and _parts(version("pillow")) >= (13,):
         problems.append("pillow 13 breaks timm's RandAugment '-inc1' (posterize to 0 bits): pip install 'pillow<13'")
     return table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -115,15 +116,19 @@ def _memory(report: Report, recipe: Recipe, found: TrainingSet, update) -> None:
     most = largest_micro_batch(
         lambda size: estimate(recipe, found.num_classes, size, **layout), limit, plan.micro_batch_size - 1
     )
-    largest, accumulated = 0, None
-    if most:
-        bounded = recipe.data.model_copy(update={"max_batch_per_device": most})
-        fitting = make_plan(
-            recipe.model_copy(update={"data": bounded}), world_size=cluster.devices, train_samples=found.samples
-        )
-        largest, accumulated = fitting.micro_batch_size, fitting.grad_accum_steps
-    report.largest_micro_batch = largest
-    report.problems.append(memory_problem(report.memory, limit, largest, accumulated))
+    fitting = _bounded_plan(recipe, found, cluster.devices, most)
+    report.largest_micro_batch = fitting.micro_batch_size if fitting is not None else 0
+    accumulated = fitting.grad_accum_steps if fitting is not None else None
+    report.problems.append(memory_problem(report.memory, limit, report.largest_micro_batch, accumulated))
+
+
+def _bounded_plan(recipe: Recipe, found: TrainingSet, devices: int, most: int) -> Plan | None:
+    """The plan with the largest micro-batch up to `most`; not every bound gives one."""
+    for bound in range(most, 0, -1):
+        data = recipe.data.model_copy(update={"max_batch_per_device": bound})
+        with contextlib.suppress(PlanError):
+            return make_plan(recipe.model_copy(update={"data": data}), world_size=devices, train_samples=found.samples)
+    return None
 
 
 def _throughput(report: Report, recipe: Recipe, found: TrainingSet, question: Question) -> None:
