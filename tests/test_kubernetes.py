@@ -130,9 +130,9 @@ def test_its_pods_train_save_when_they_are_stopped_and_go_on(small, tmp_path):
     assert container["lifecycle"]["preStop"]["exec"]["command"][:2] == ["bash", "-c"]
     stop_command = container["lifecycle"]["preStop"]["exec"]["command"]
     changes = {
-        "schedule": {"epochs": None, "steps": 2000},
+        "schedule": {"epochs": None, "steps": 600},
         "checkpoint": {"every_epochs": 9999},
-        "log": {"every_steps": 1},
+        "log": {"every_steps": 5, "eval_every_epochs": 9999},
     }
     whole, stopped = small("whole", **changes), small("stopped", **changes)
     (tmp_path / "recipe.json").write_text(json.dumps(stopped))
@@ -169,7 +169,7 @@ def test_its_pods_train_save_when_they_are_stopped_and_go_on(small, tmp_path):
         output = (tmp_path / "first.0").read_text()
         assert "a signal to another rank" in output and "all is saved" in output, output
         running = start("second")
-        assert [process.wait(300) for process in running] == [0, 0], (tmp_path / "second.0").read_text()
+        assert [process.wait(600) for process in running] == [0, 0], (tmp_path / "second.0").read_text()
         assert "goes on after step" in (tmp_path / "second.0").read_text()
     status, output = launch(whole, tmp_path, 2)
     assert status == 0, output
