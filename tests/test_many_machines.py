@@ -113,11 +113,12 @@ def header_commands(config: Path) -> list[list[str]]:
     header = header.replace("\\\n", " ")
     (command,) = re.findall(r"^ +(accelerate launch .*)$", header, re.MULTILINE)
     words, module = command.split(" -m ")
-    if "--machine_rank" not in words:
+    if "--machine_rank" not in words and config.name != "one_node.yaml":
         (several,) = re.findall(r"^ (--num_machines .*)$", header, re.MULTILINE)
         words += f" {several}"
     commands = [shlex.split(f"{words} -m {module}") for _ in range(2)]
-    commands[1][commands[1].index("--machine_rank") + 1] = "1"
+    if "--machine_rank" in commands[1]:
+        commands[1][commands[1].index("--machine_rank") + 1] = "1"
     return commands
 
 
@@ -182,7 +183,7 @@ def test_one_host_by_configuration_files(recipe, tmp_path, config):
     (one, _), (two, path) = recipe("one", data=half), recipe("two", data=half)
     path_of_config = LAUNCH / "accelerate" / config
     command = with_numbers(header_commands(path_of_config)[0], path, "127.0.0.1", 2)
-    for flag in ("--num_machines", "--machine_rank", "--main_process_ip"):
+    for flag in ("--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"):
         if flag in command:
             del command[command.index(flag) : command.index(flag) + 2]
     command[2:2] = ["--main_process_port", str(free_port())]
