@@ -232,3 +232,16 @@ def test_check_cache_counts_what_an_evaluation_reads(many, tmp_path):
     check_cache(SampleReader(index, ShardCache(tmp_path, 1e5, QUICK)), [Need(0, 0, 9)], 0)
     with pytest.raises(ShardError, match="and those of an evaluation take"):
         check_cache(reader, [Need(0, 0, 9)], 0)
+
+
+def test_psn_recipe_says_where_streams_and_batch_do_not_fit(small):
+    from psn_train.recipe.show import streams_note
+
+    def note(**data):
+        return streams_note(check_recipe(small(data={"train": "http://example.org/train", **data})))
+
+    assert note(streams=8) is None and note(streams=3) is None
+    assert "data.streams = 7 does not divide data.global_batch_size = 24" in note(streams=7)
+    assert note(streams=7).endswith("such as 6") and note(streams=64).endswith("such as 24")
+    assert "every node fetches them all" in note(shuffle="full")
+    assert note(streams=7, train="/data/train") is None
