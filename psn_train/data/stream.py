@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from psn_train.data import decoders
 from psn_train.data.ahead import FetchAhead, Need, lag_of, shard_needs
-from psn_train.data.decoders import end_with_trainer, leave_group, start_server
 from psn_train.data.event_stream import EventSamples
 from psn_train.data.frames.batched import PackedEvents
 from psn_train.data.images import (
@@ -259,8 +259,8 @@ class EvalStream(ShardStream):
 
 
 def _begin(worker: int) -> None:
-    leave_group()
-    end_with_trainer()
+    decoders.leave_group()
+    decoders.end_with_trainer()
     # a decoding process with as many threads as cores fights the others for them
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -275,7 +275,7 @@ def make_loader(
         keep_workers: the processes outlive an iteration, for a loader that is gone through again and again.
     """
     if workers:
-        start_server()
+        decoders.start_server()
     # said at each start of more processes than cores, which do no harm
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     return DataLoader(
@@ -287,7 +287,7 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=keep_workers and workers > 0,
         worker_init_fn=_begin,
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context=decoders.METHOD if workers else None,
         # else every start of a loader would draw from the global generator, and a resumed run would go on otherwise
         generator=torch.Generator(),
     )
