@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from psn_train.data import decoders
 from psn_train.training.checkpoint import find_checkpoint
 
 # two runs are compared bit for bit: the number of threads must not depend on what else runs
@@ -146,8 +147,9 @@ def results_of(document: dict) -> dict:
 
 def _child(document: dict, before: str | None, errors: str) -> None:
     torch.set_num_threads(1)
-    # a spawned process would spawn its decoding processes, too, which takes seconds each
+    # a spawned process would spawn its decoding processes, too, which takes seconds each; so does a server
     multiprocessing.set_start_method("fork", force=True)
+    decoders.METHOD = "fork"
     sys.stdout = sys.stderr = open(errors, "a", buffering=1)  # noqa: SIM115 (closed by the end of the process)
     faulthandler.dump_traceback_later(100, exit=True, file=sys.stderr)
     from psn_train.recipe import check_recipe

@@ -13,6 +13,7 @@ from psn_train.data.ahead import FetchAhead, Need, check_cache, most_at_once, sh
 from psn_train.data.cache import ShardCache
 from psn_train.data.fetch import Patience
 from psn_train.data.index import ShardError, load_index
+from psn_train.data.order import held_out_ids
 from psn_train.data.reader import SampleReader
 from psn_train.data.shards import write_shards
 from psn_train.data.sources import ArraySource
@@ -232,3 +233,43 @@ def test_check_cache_counts_what_an_evaluation_reads(many, tmp_path):
     check_cache(SampleReader(index, ShardCache(tmp_path, 1e5, QUICK)), [Need(0, 0, 9)], 0)
     with pytest.raises(ShardError, match="and those of an evaluation take"):
         check_cache(reader, [Need(0, 0, 9)], 0)
+
+
+def test_psn_recipe_says_where_streams_and_batch_do_not_fit(small):
+    from psn_train.recipe.show import streams_note
+
+    def note(**data):
+        return streams_note(check_recipe(small(data={"train": "http://example.org/train", **data})))
+
+    assert note(streams=8) is None and note(streams=3) is None
+    assert "data.streams = 7 does not divide data.global_batch_size = 24" in note(streams=7)
+    assert note(streams=7).endswith("such as 6") and note(streams=64).endswith("such as 24")
+    assert "every node fetches them all" in note(shuffle="full")
+    assert note(streams=7, train="/data/train") is None
+
+
+def test_held_out_samples_are_fetched_with_their_shard_and_stay(many, small, tmp_path):
+    """Evaluated again and again they cost no fetch, though the cache has removed their shards."""
+    recipe = check_recipe(small())
+    held_out = held_out_ids(192, 20, 0)
+    with flaky_server(many, Plan()) as (url, served):
+        index = load_index(url)
+        largest = max(shard.num_bytes for shard in index.shards)
+        cache = ShardCache(tmp_path, 14 * largest, QUICK)
+        reader, plain = SampleReader(index, cache, held_out), SampleReader(load_index(many))
+        for number in range(24):
+            reader.fetch(number)
+        served.whole.clear()
+        for _ in range(2):
+            stream = EvalStream(recipe, reader, 8, 0, 1, held_out)
+            for item in range(len(stream)):
+                batch = stream[item]
+                assert batch.bad == [] and batch.keys == [plain.read(i)["__key__"] for i in batch.ids.tolist()]
+            stream._ahead.close()
+        assert not served.whole
+        assert sum(path.stat().st_size for path in tmp_path.glob("[!.]*")) <= 14 * largest
+        # a damaged one is read out of its shard
+        kept = next(tmp_path.glob("*.held"))
+        kept.write_bytes(bytes(len(kept.read_bytes())))
+        assert all(reader.read(i) == plain.read(i) for i in held_out.tolist())
+        assert sum(served.whole.values()) <= 1

@@ -180,7 +180,7 @@ def _doctor(options) -> int:
     if options.recipe is not None:
         raise ValueError("psn doctor looks at this machine alone; with a recipe give --distributed, under a launcher")
     if options.ranks is not None:
-        from psn_train.doctor.machine import show_ranks
+        from psn_train.doctor.ranks import show_ranks
 
         return show_ranks(options.ranks)
     from psn_train.doctor.machine import run_doctor

@@ -179,5 +179,7 @@ class FetchAhead:
         while (shard := self.wanted.get()) >= 0:
             # whoever reads from it says what was wrong
             with contextlib.suppress(ShardError):
-                if self.reader.remote_url(shard) is not None:
+                # an evaluation of held-out samples needs no shards whose samples are kept apart
+                apart = self.claims is None and self.reader.has_held(shard)
+                if self.reader.remote_url(shard) is not None and not apart:
                     self.reader.fetch(shard)

@@ -1,6 +1,7 @@
 """Shards of URLs on a node's disk: fetched once for all its processes, checked, and bounded in size.
 
     <sha256>.tar          a whole shard; its time of change is that of its last use
+    <...>.held            samples of a shard that are evaluated again and again; they stay
     .<sha256>.tar.tmp     one that is being fetched, of its final size from the beginning
     .<sha256>.tar.lock    locked by the process that fetches it; the others wait
     .room.lock            locked while room is made, or claims are changed
@@ -72,6 +73,32 @@ class ShardCache:
         except ShardError as error:
             self._failed[path.name] = time.monotonic(), error
             raise
+
+    def held_path(self, shard: Shard, positions: list[int]) -> Path:
+        """Where samples of a shard are kept apart, by their positions."""
+        which = hashlib.sha256(repr(positions).encode()).hexdigest()[:8]
+        return self.folder / f"{_name(shard)}.{which}.held"
+
+    def keep(self, shard: Shard, positions: list[int]) -> None:
+        """Keep some samples of a shard that is here apart, one after the other, for as long as there is the folder."""
+        path = self.held_path(shard, positions)
+        if path.exists():
+            return
+        # without room, or the shard any more, they are read out of the shard when it comes again
+        aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
+        size = sum(shard.offsets[position + 1] - shard.offsets[position] for position in positions)
+        with contextlib.suppress(OSError):
+            with _locked(self.folder / ".room.lock"):
+                if self._make_room(size, but=_name(shard)) is not None:
+                    return
+            try:
+                with open(self.path_of(shard), "rb") as source, open(aside, "wb") as file:
+                    for position in positions:
+                        start, stop = shard.offsets[position], shard.offsets[position + 1]
+                        file.write(os.pread(source.fileno(), stop - start, start))
+                os.replace(aside, path)
+            finally:
+                aside.unlink(missing_ok=True)
 
     def _fetch(self, url: str, shard: Shard, path: Path) -> Path:
         with _whole_folder(self.folder):
@@ -164,17 +191,20 @@ class ShardCache:
                 raise CacheError(f"{self.folder}: no room for {shard.name}, {missing}")
             time.sleep(_LOOK_EVERY)
 
-    def _make_room(self, wanted: int) -> str | None:
-        """Remove the shards used longest ago until there is room for `wanted` bytes; else what it wants for."""
+    def _make_room(self, wanted: int, but: str = "") -> str | None:
+        """Remove the shards used longest ago, `but` for one, until there is room for `wanted` bytes; else what it
+        wants for. Holds the room's lock.
+        """
         while True:
-            kept = [path.stat() for path in [*self.folder.glob("*.tar"), *self.folder.glob(".*.tar.tmp")]]
+            patterns = ("*.tar", ".*.tar.tmp", "*.held")
+            kept = [path.stat() for pattern in patterns for path in self.folder.glob(pattern)]
             used = sum(stat.st_size for stat in kept)
             # what is being fetched is still to take its room
             promised = sum(max(0, stat.st_size - 512 * stat.st_blocks) for stat in kept)
             free = shutil.disk_usage(self.folder).free
             if used + wanted <= self.bound and wanted + promised <= free:
                 return None
-            if not self._remove_oldest():
+            if not self._remove_oldest(but):
                 if used + wanted > self.bound:
                     return (
                         f"{used / 1e9:.3g} of data.cache_gb = {self.bound / 1e9:.3g} GB are in use by the shards that "
@@ -185,11 +215,11 @@ class ShardCache:
                     "shards there are in use; make room, or set data.cache_dir to a folder on another disk"
                 )
 
-    def _remove_oldest(self) -> bool:
+    def _remove_oldest(self, but: str = "") -> bool:
         """Remove the shard that was used longest ago among those that nobody claims. Readers that have it open may
         read on. Holds the room's lock.
         """
-        claimed = self._claimed()
+        claimed = self._claimed() | {but}
         spare = [path for path in self.folder.glob("*.tar") if path.name not in claimed]
         if not spare:
             return False

@@ -15,6 +15,8 @@ import threading
 from collections.abc import Iterator
 from multiprocessing import forkserver, resource_tracker
 
+# how decoding processes are started; tests that start many short runs set "fork", which costs no import
+METHOD = "forkserver"
 _PRELOADED = "psn_train.data.stream"
 # what a launcher, a batch system or a terminal sends to all processes of a job
 _GROUP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
@@ -23,6 +25,8 @@ _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 def start_server() -> None:
     """Start this process's server, if there is none. It ends with this process, however that ends."""
+    if METHOD != "forkserver":
+        return
     # the server would start it, and it unblocks signals where it is started
     with _blocked():
         resource_tracker.ensure_running()

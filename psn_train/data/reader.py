@@ -23,12 +23,18 @@ _OPEN_FILES = 128
 class SampleReader:
     """Reads samples by id. Cheap to pickle; opens its files in the process that reads."""
 
-    def __init__(self, index: ShardIndex, cache: ShardCache | None = None):
-        """`cache`: where shards of URLs are kept; those of local files need none."""
+    def __init__(self, index: ShardIndex, cache: ShardCache | None = None, held_out: np.ndarray | None = None):
+        """
+        Args:
+            cache: where shards of URLs are kept; those of local files need none.
+            held_out: int64 [n], ascending ids of samples that are evaluated again and again: the cache keeps these
+                when it removes their shard.
+        """
         self.index = index
         self.first_ids = np.concatenate([[0], np.cumsum([shard.num_samples for shard in index.shards])])
         self.crcs = [shard.crcs() for shard in index.shards]
         self.cache = cache
+        self.held_out = np.zeros(0, np.int64) if held_out is None else held_out
         self.has_remote = any(self.remote_url(number) is not None for number in range(len(index.shards)))
         # foreign shards may name their classes instead of counting them
         self.places = {name: number for number, name in enumerate(index.classes)}
@@ -59,6 +65,9 @@ class SampleReader:
                 not those that the index is of, or no tar members.
         """
         shard_number, position = self.locate(sample_id)
+        raw = self._held_bytes(shard_number, position)
+        if raw is not None:
+            return parse_sample(raw, self.name(sample_id))
         try:
             raw = self._bytes(shard_number, position)
         except _Changed:
@@ -69,6 +78,38 @@ class SampleReader:
             self.cache.path_of(self.index.shards[shard_number]).unlink(missing_ok=True)
             raw = self._bytes(shard_number, position)
         return parse_sample(raw, self.name(sample_id))
+
+    def _held(self, shard_number: int) -> list[int]:
+        """Positions of the samples of a shard that are held out."""
+        first, stop = self.first_ids[shard_number : shard_number + 2]
+        low, high = np.searchsorted(self.held_out, (first, stop))
+        return (self.held_out[low:high] - first).tolist()
+
+    def has_held(self, shard_number: int) -> bool:
+        """Whether the cache has the held-out samples of a shard apart, so that these need no shard."""
+        return (
+            len(self.held_out) > 0
+            and self.remote_url(shard_number) is not None
+            and self.cache is not None
+            and self.cache.held_path(self.index.shards[shard_number], self._held(shard_number)).exists()
+        )
+
+    def _held_bytes(self, shard_number: int, position: int) -> bytes | None:
+        """A held-out sample that the cache keeps apart; None where it has none, or a damaged one."""
+        if not len(self.held_out) or self.cache is None or position not in (held := self._held(shard_number)):
+            return None
+        shard = self.index.shards[shard_number]
+        sizes = [shard.offsets[place + 1] - shard.offsets[place] for place in held]
+        place = held.index(position)
+        try:
+            with open(self.cache.held_path(shard, held), "rb") as file:
+                file.seek(sum(sizes[:place]))
+                raw = file.read(sizes[place])
+        except OSError:
+            return None
+        crcs = self.crcs[shard_number]
+        whole = len(raw) == sizes[place] and (crcs is None or zlib.crc32(raw) == crcs[position])
+        return raw if whole else None
 
     def _bytes(self, shard_number: int, position: int) -> bytes:
         shard = self.index.shards[shard_number]
@@ -121,7 +162,10 @@ class SampleReader:
             return self.index.shard_url(shard).removeprefix("file://")
         if self.cache is None:
             raise ShardError(f"{url}: shards of URLs need a cache folder; set data.cache_dir")
-        return str(self.cache.fetch(url, shard))
+        path = self.cache.fetch(url, shard)
+        if held := self._held(shard_number):
+            self.cache.keep(shard, held)
+        return str(path)
 
     def _open(self, shard_number: int, shard: Shard) -> int:
         file = self._files.pop(shard_number, None)

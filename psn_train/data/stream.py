@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from psn_train.data import decoders
 from psn_train.data.ahead import FetchAhead, Need, lag_of, shard_needs
-from psn_train.data.decoders import end_with_trainer, leave_group, start_server
 from psn_train.data.event_stream import EventSamples
 from psn_train.data.frames.batched import PackedEvents
 from psn_train.data.images import (
@@ -261,8 +261,8 @@ class EvalStream(ShardStream):
 
 
 def _start_worker(progress: str | None, worker: int) -> None:
-    leave_group()
-    end_with_trainer()
+    decoders.leave_group()
+    decoders.end_with_trainer()
     # a decoding process with as many threads as cores fights the others for them
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -283,7 +283,7 @@ def make_loader(
         keep_workers: the processes outlive an iteration, for a loader that is gone through again and again.
     """
     if workers:
-        start_server()
+        decoders.start_server()
     # said at each start of more processes than cores, which do no harm
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     return DataLoader(
@@ -295,7 +295,7 @@ def make_loader(
         pin_memory=pin_memory,
         persistent_workers=keep_workers and workers > 0,
         worker_init_fn=functools.partial(_start_worker, progress_place()),
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context=decoders.METHOD if workers else None,
         # else every start of a loader would draw from the global generator, and a resumed run would go on otherwise
         generator=torch.Generator(),
     )

@@ -41,6 +41,22 @@ def split_line(recipe: Recipe, samples: int | None) -> str:
     return text if data.selected_on == "test" else text + f"; test shards {data.test}: once, at the end"
 
 
+def streams_note(recipe: Recipe) -> str | None:
+    """What to change so that each node of several fetches shards of its own; None where there is nothing to fetch."""
+    data = recipe.data
+    remote = data.train.startswith("pipe:") or "://" in data.train
+    if not remote or (data.shuffle == "shards" and data.global_batch_size % data.streams == 0):
+        return None
+    if data.shuffle == "full":
+        return "data.shuffle: full reads all shards at a time; every node fetches them all. shards fetches by turns"
+    batch = data.global_batch_size
+    near = max(n for n in range(1, min(batch, data.streams) + 1) if batch % n == 0)
+    return (
+        f"data.streams = {data.streams} does not divide data.global_batch_size = {batch}: each node would fetch the "
+        f"shards of more streams than its own; set it to a divisor that the nodes divide, such as {near}"
+    )
+
+
 def steps_line(recipe: Recipe) -> str:
     """How many time-steps a sample has: the number, or what decides it."""
     events = recipe.events
@@ -106,6 +122,8 @@ def show_recipe(
     plan = next((column for column in columns if isinstance(column, Plan)), None)
     if plan is None:
         return
+    if (note := streams_note(recipe)) is not None:
+        console.print(f"shards          {note}", markup=False)
     rates = ", ".join(f"{when}: {rate:.4g}" for when, rate in learning_rates(recipe, plan))
     console.print(f"learning rate   {rates}", markup=False)
     if "masked_psn" in recipe.model.name:

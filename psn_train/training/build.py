@@ -59,13 +59,17 @@ def open_splits(recipe: Recipe) -> Splits:
     if launched_processes() > processes_here():
         # run folders lie where all nodes see them, and every node has a cache of its own
         folder /= platform.node()
-    cache = open_cache(data, folder, spared=spared)
-    readers = {split: SampleReader(index, cache) for split, index in indices.items()}
-    train = readers["train"]
-    select, ids = readers.get(data.selected_on), None
+    ids = None
     if data.selected_on == "held out":
-        samples = train.index.num_samples
-        select, ids = train, held_out_ids(samples, held_out_samples(data, samples), data.hold_out_seed)
+        samples = indices["train"].num_samples
+        ids = held_out_ids(samples, held_out_samples(data, samples), data.hold_out_seed)
+        # these stay in the cache, and an evaluation before that reads training shards
+        spared = 2 * processes_here() * max([*largest, *(shard.num_bytes for shard in indices["train"].shards)])
+        spared += int(indices["train"].num_bytes * len(ids) / samples * 1.5)
+    cache = open_cache(data, folder, spared=spared)
+    readers = {split: SampleReader(index, cache, ids if split == "train" else None) for split, index in indices.items()}
+    train = readers["train"]
+    select = train if ids is not None else readers.get(data.selected_on)
     return Splits(train, select, ids, readers.get("test"))
 
 
