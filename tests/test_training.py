@@ -38,7 +38,9 @@ def test_a_run_from_beginning_to_end(small, capsys):
     assert [line["step"] for line in evaluations] == [7, 13, 19]
     assert all(line["count"] == 50 and line["unreadable"] == [] for line in evaluations)
     assert all(line["images_per_s"] > 0 and 0 <= line["data_wait"] <= 1 for line in training)
-    assert training[-1]["loss"] < training[0]["loss"]
+    losses = [line["loss"] for line in training]
+    # of two updates each; one such figure is mostly chance
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.1
     firing = evaluations[-1]["firing"]
     blocks = {f"layer{stage}.0.{sn}" for stage in (1, 2, 3, 4) for sn in ("sn1", "sn2")}
     assert set(firing) == {"sn1", *blocks, *(f"layer{stage}.0.downsample_sn" for stage in (2, 3, 4))}
