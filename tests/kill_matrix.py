@@ -35,6 +35,8 @@ PORT = 29500
 # kills end the run, the others only hold it up
 KILLS = ("rank", "launcher", "host", "all told")
 DISTURBANCES = (*KILLS, "pause", "cut")
+# phases in which `step_timeout_s` holds
+SHORT = ("data", "compute", "update")
 # updates of a real network take longer than these, and a disturbance is to find one under way
 SLOW = """
 import time
@@ -194,13 +196,18 @@ class Launches:
             host.processes() for host in self.made
         )
 
+    @property
+    def failed(self) -> bool:
+        """True where a launcher has ended."""
+        return any(process.poll() is not None for process in self.running)
+
     def wait_until(self, condition: Callable[[], bool], seconds: float, *, may_end: bool = False) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"not within {seconds:.0f} s\n{self.output()}"
             assert may_end or not self.ended, self.output()
             self._note_recovery()
-            time.sleep(0.05)
+            time.sleep(0.1)
         self._note_recovery()
 
     def wait_for_step(self, step: int, seconds: float = 300) -> None:
@@ -225,7 +232,7 @@ class Launches:
                 for process in left:
                     process.terminate()
             assert now < deadline, f"a hang: {self.ranks()} after {seconds:.0f} s\n{self.output()}"
-            time.sleep(0.05)
+            time.sleep(0.1)
         self._note_recovery()
         return helped
 
@@ -239,11 +246,8 @@ class Launches:
             number: of the rank, launcher or host.
             seconds: how long a pause or a cut lasts; 0: until everything has ended.
         """
-        self._note_recovery()
-        # another one before the first update
-        self._waiting = None
-        self._row(what, number)
-        row, ends, begin = self.rows[-1], what in KILLS or not seconds, time.monotonic()
+        row = self.note(what if what == "all told" else f"{what} {number}")
+        begin = time.monotonic()
         if what == "all told":
             for host in self.made:
                 host.kill(signal.SIGTERM)
@@ -256,15 +260,30 @@ class Launches:
             self._signal(number, signal.SIGKILL if what == "rank" else signal.SIGSTOP)
         else:
             self.made[number].cut()
-        if not ends:
+        if what in KILLS or not seconds:
+            self.until_end(row, begin)
+        else:
             time.sleep(seconds)
-            self._mend(what, number)
             self._waiting = (row, begin, self.step() or 0)
-            return row
-        row.helped = self.wait(self.limit_s if row.step is None or row.when not in SHORT else self.step_limit_s)
-        row.ended_s = time.monotonic() - begin
-        self._mend(what, number)
+        if what == "cut":
+            self.made[number].mend()
+        elif what == "pause":
+            self._signal(number, signal.SIGCONT)
         return row
+
+    def note(self, name: str) -> Row:
+        """A row for what happens now."""
+        self._note_recovery()
+        # another one before the first update
+        self._waiting = None
+        after, phase = time.monotonic() - self.began, self.phase()
+        self.rows.append(Row(name, phase, after, self.step(), saved_step(self.document)))
+        return self.rows[-1]
+
+    def until_end(self, row: Row, begin: float, more: float = 0.0) -> None:
+        """Wait for all to end, `more` seconds longer than the recipe's timeouts allow at most."""
+        row.helped = self.wait(more + (self.step_limit_s if row.when in SHORT else self.limit_s))
+        row.ended_s = time.monotonic() - begin
 
     def again(self) -> None:
         """Start it anew after its end."""
@@ -273,12 +292,14 @@ class Launches:
             self._waiting = (self.rows[-1], self.began, 0)
 
     def finish(self, seconds: float = 600) -> None:
-        """Start until it is complete."""
-        while not self.complete:
+        """Start until it is complete, three times at most."""
+        for _ in range(3):
             if self.ended:
                 self.again()
             self.wait(seconds)
-            assert self.complete, self.output()
+            if self.complete:
+                break
+        assert self.complete, self.output()
         self.check()
 
     @property
@@ -296,21 +317,10 @@ class Launches:
                 # who is told saves at once
                 assert row.what != "all told" or row.step is None or row.resumed >= row.step, row
 
-    def _row(self, what: str, number: int) -> None:
-        name = what if what == "all told" else f"{what} {number}"
-        after, phase = time.monotonic() - self.began, self.phase()
-        self.rows.append(Row(name, phase, after, self.step(), saved_step(self.document)))
-
     def _signal(self, rank: int, number: int) -> None:
         if (process := self.ranks().get(rank)) is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
-
-    def _mend(self, what: str, number: int) -> None:
-        if what == "cut":
-            self.made[number].mend()
-        elif what == "pause":
-            self._signal(number, signal.SIGCONT)
 
     def _note_recovery(self) -> None:
         if self._waiting is None:
@@ -321,10 +331,6 @@ class Launches:
         if (self.step() or 0) > step:
             row.recovery_s = time.monotonic() - since
             self._waiting = None
-
-
-# phases in which `step_timeout_s` holds
-SHORT = ("data", "compute", "update")
 
 
 def disturb_at_random(run: Launches, seed: int, kills: int, say: Callable[[str], None] = print) -> None:
@@ -340,16 +346,20 @@ def disturb_at_random(run: Launches, seed: int, kills: int, say: Callable[[str],
         number = choose.randrange(4 if what in ("rank", "pause") else 2)
         early, wait, seconds = choose.random() < 1 / 3, choose.random(), choose.uniform(1, 4)
         if not early:
-            run.wait_until(lambda: run.step() is not None, 300)
+            run.wait_until(lambda: run.step() is not None or run.failed, run.limit_s, may_end=True)
         until = time.monotonic() + wait * (15 if early else 5)
-        run.wait_until(lambda until=until: time.monotonic() >= until, 60)
-        row = run.do(what, number, 0 if what in KILLS else seconds)
-        done += what in KILLS
-        say(f"{done:3d} {row}")
-        if run.ended:
+        run.wait_until(lambda until=until: time.monotonic() >= until or run.failed, 60, may_end=True)
+        if not run.failed:
+            row = run.do(what, number, 0 if what in KILLS else seconds)
+            done += what in KILLS
+            say(f"{done:3d} {row}")
+        if run.failed:
+            if not run.ended:
+                # of what was to hold it up only
+                run.until_end(run.rows[-1], time.monotonic())
             assert not run.complete, "the run was over before the kills were; give it more steps"
             run.again()
-    run.wait_until(lambda: run.step() is not None, 300)
+    run.wait_until(lambda: run.step() is not None, run.limit_s)
     run.finish()
 
 
