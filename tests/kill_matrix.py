@@ -246,6 +246,9 @@ class Launches:
             number: of the rank, launcher or host.
             seconds: how long a pause or a cut lasts; 0: until everything has ended.
         """
+        if what in ("rank", "pause"):
+            # a launcher takes its time
+            self.wait_until(lambda: number in self.ranks() or self.failed, self.limit_s, may_end=True)
         row = self.note(what if what == "all told" else f"{what} {number}")
         begin = time.monotonic()
         if what == "all told":

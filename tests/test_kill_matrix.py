@@ -149,9 +149,10 @@ def test_a_shard_that_is(what, launches, undisturbed, digit_shards, tmp_path):
             file.seek(size // 4)
             file.write(bytes(size // 2))
     run.until_end(row, time.monotonic(), more=200)
-    errors = [line for line in run.output().splitlines() if "psn:" in line and shard.name in line]
-    assert errors and re.search(rf"{re.escape(shard.name)}\[\d+\]", errors[0]), run.output()
-    print(f"\n{errors[0]}")
+    said = {"deleted": "was deleted|cannot be opened", "corrupted": "its bytes changed since the index was made"}
+    error = re.search(rf"\] psn: .*:\n +{re.escape(shard.name)}\[\d+\]: .*({said[what]}).*", run.output())
+    assert error, run.output()
+    print(f"\n{error[0]}")
     shutil.copy(digit_shards / "train" / shard.name, shard)
     run.finish()
     print(show(run.rows))

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import merged
+from conftest import merged, run_in_child
 from test_distributed import launch
 from test_engines import stage  # noqa: F401 (a fixture)
 
@@ -67,7 +67,9 @@ def run_through(document: dict, folder: Path, parts: list[tuple[int, int | None,
 def assert_same_samples(small, tmp_path, epochs: int, parts: list) -> None:
     changes = merged(CHANGES, {"schedule": {"epochs": epochs}})
     alone, moved = small("alone", **changes), small("moved", **changes)
-    run_through(alone, tmp_path / "one", [(1, None, [])])
+    (tmp_path / "one").mkdir()
+    status, output = run_in_child(alone, tmp_path, RECORD.format(file=str(tmp_path / "one" / "seen")))
+    assert status == 0, output
     outputs = run_through(moved, tmp_path / "many", parts)
     for (before, stop, _), (after, _, _), output in zip(parts, parts[1:], outputs[1:], strict=False):
         assert f"goes on after step {stop}" in output
