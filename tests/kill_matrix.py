@@ -31,6 +31,8 @@ from psn_train.training.heartbeat import read_heartbeats
 LAUNCHER_GRACE = 30
 # for stacks, and for machines that have other things to do
 SLACK = 30
+# for launchers that are left alone: some wait ten minutes for one that never comes
+PATIENCE = 10
 PORT = 29500
 # kills end the run, the others only hold it up
 KILLS = ("rank", "launcher", "host", "all told")
@@ -78,11 +80,12 @@ class Row:
 
 def show(rows: list[Row]) -> str:
     """A table of them."""
-    names = ("what", "phase", "after s", "step", "saved", "resumed", "lost", "ended s", "recovery s")
+    names = ("what", "phase", "after s", "step", "saved", "resumed", "lost", "ended s", "recovery s", "helped")
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
     for row in rows:
         lost = None if row.step is None or row.resumed is None else max(row.step - row.resumed, 0)
         fields = (row.what, row.when, row.after_s, row.step, row.saved, row.resumed, lost, row.ended_s, row.recovery_s)
+        fields += (row.helped or None,)
         texts = ["-" if f is None else f"{f:.1f}" if isinstance(f, float) else str(f) for f in fields]
         lines.append("| " + " | ".join(texts) + " |")
     return "\n".join(lines)
@@ -227,7 +230,7 @@ class Launches:
                 alone = None
             elif alone is None:
                 alone = now
-            elif now - alone > 2 and not helped:
+            elif now - alone > PATIENCE and not helped:
                 helped = len(left)
                 for process in left:
                     process.terminate()

@@ -1,5 +1,6 @@
 """Kills, cuts and failing disks on two hosts: the run is started again and ends as one that nothing happened to."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -111,13 +112,11 @@ def test_a_disk_that_is_full(launches, undisturbed, small_disk):
     run = launches(checkpoint={"dir": str(disk / "checkpoints")})
     run.start()
     run.wait_for_step(10)
-    with open(disk / "filler", "wb") as file:
+    with open(disk / "filler", "wb", buffering=0) as file:
         for size in (1 << 16, 1 << 10, 1):
-            try:
+            with contextlib.suppress(OSError):
                 while file.write(bytes(size)):
-                    file.flush()
-            except OSError:
-                pass
+                    pass
     saved = saved_step(run.document)
     row = run.note("disk full")
     run.until_end(row, time.monotonic(), more=200)
