@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import assert_same_run, merged, run_in_child, small_document
+from conftest import assert_same_run, merged, run_in_child, small_document, train_here
 
 from psn_train.training.checkpoint import find_checkpoint, last_checkpoint, read_meta
 from psn_train.training.runtime import EXIT_STOPPED
@@ -195,3 +195,14 @@ m.FiringRates.__init__ = signalled
     status, log = train_in_child(document)
     assert status == 0, log
     assert_same_run(document["run_dir"], reference)
+
+
+def test_a_run_of_another_order_is_refused(small):
+    """An epoch that is half of one order and half of another shows samples twice and others never."""
+    document = small("ordered", schedule={"epochs": None, "steps": 3, "stop_after_steps": 2})
+    assert train_here(document) == 0
+    state = find_checkpoint(document["run_dir"], "last") / "state.json"
+    state.write_text(state.read_text().replace('"order": 2', '"order": 1'))
+    del document["schedule"]["stop_after_steps"]
+    with pytest.raises(ValueError, match="the order of samples: 1 then, 2 now"):
+        train_here(document)

@@ -2,7 +2,7 @@
 
 Sample ids count through the index: 0 to num_samples - 1, shard after shard. `epoch_order` permutes them; the training
 stream is the orders of epoch 0, 1, 2, ... one after another, and global batch `g` is its positions
-[g * G, (g + 1) * G). Hence every batch is full, ranks always have equally many, every sample occurs exactly once an
+[g * G, (g + 1) * G). Hence every batch is full, every sample occurs exactly once an
 epoch, a batch may span two epochs, and the state of the stream is one number: samples_seen. Neither ranks nor workers
 enter, so a run goes on under another world size with the same batches.
 
@@ -27,6 +27,9 @@ from __future__ import annotations
 import functools
 
 import numpy as np
+
+# a run that was begun under another order is not continued: it would see some samples twice in an epoch, others never
+VERSION = 2
 
 
 @functools.lru_cache(maxsize=2)

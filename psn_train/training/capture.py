@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from psn_train.data.order import VERSION as ORDER_VERSION
 from psn_train.neurons import get_lambda
 from psn_train.recipe import recipe_hash
 from psn_train.training.checkpoint import Checkpoint
@@ -47,6 +48,7 @@ def _meta(run: Run, updater: Updater, bad: list[str]) -> dict:
         "scaler": updater.scaler.state_dict(),
         "results": run.results.state(),
         "split": run.results.split,
+        "order": ORDER_VERSION,
         "bad": bad,
         "seconds": run.total_seconds,
         "metrics_bytes": run.metrics.size(),

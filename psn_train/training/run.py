@@ -75,7 +75,7 @@ class Run:
             self.stragglers.meet()
         self.saved = read_newest(self.checkpoints, self.say)
         if self.saved is not None:
-            check_same_recipe(recipe, self.saved.meta["recipe"])
+            check_same_recipe(recipe, self.saved.meta)
             self.results.check_held_out(self.saved.meta)
         self.saver = Saver(recipe, self.saved.path if self.resumes else None) if self.is_main else None
 

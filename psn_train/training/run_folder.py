@@ -6,6 +6,7 @@ import fcntl
 from io import TextIOBase
 from pathlib import Path
 
+from psn_train.data.order import VERSION as ORDER_VERSION
 from psn_train.recipe import Recipe, decisive
 from psn_train.training.checkpoint import checkpoints_of, last_checkpoint
 from psn_train.training.saving import checkpoints_place
@@ -49,9 +50,10 @@ def check_checkpoints(recipe: Recipe) -> None:
         )
 
 
-def check_same_recipe(recipe: Recipe, saved: dict) -> None:
-    """Raises RunError where the resolved recipe of a checkpoint decides other weights."""
-    before, now = decisive(saved), decisive(recipe.resolved())
+def check_same_recipe(recipe: Recipe, meta: dict) -> None:
+    """Raises RunError where a checkpoint was made by a recipe that decides other weights, or in another order."""
+    before, now = decisive(meta["recipe"]), decisive(recipe.resolved())
+    before["the order of samples"], now["the order of samples"] = meta.get("order", 1), ORDER_VERSION
     changed = [
         f"  {key}: {before.get(key, 'nothing')!r} then, {now.get(key, 'nothing')!r} now"
         for key in sorted({*before, *now})
