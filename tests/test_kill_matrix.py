@@ -83,7 +83,7 @@ def test_started_again_after_the_loss_of(case, launches, undisturbed):
 @LONG
 def test_a_cable_that_is_cut_for_a_minute_is_survived_by_longer_timeouts(launches, undisturbed):
     """TCP tries again and again, at doubled times: the last time of it lasts as long as the cut."""
-    run = launches(watch={"step_timeout_s": 180})
+    run = launches(watch={"start_timeout_s": 180, "step_timeout_s": 180})
     run.start()
     run.wait_for_step(10)
     run.do("cut", 1, 60)
