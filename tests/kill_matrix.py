@@ -370,4 +370,4 @@ def disturb_at_random(run: Launches, seed: int, kills: int, say: Callable[[str],
 
 
 def save_rows(rows: list[Row], path: Path) -> None:
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    path.write_text(json.dumps([asdict(row) for row in rows]))

@@ -205,6 +205,6 @@ def test_twenty_random_kills_in_one_run(seed, small, digit_shards, tmp_path):
             disturb_at_random(run, seed, 20)
         finally:
             save_rows(run.rows, tmp_path / "kills.json")
-            print(f"\n{run.starts} starts\n{show(run.rows)}")
+            print(f"\n{run.starts} starts\n{show(run.rows)}\n{(tmp_path / 'kills.json').read_text()}")
     assert run.starts > 20
     assert_same_run(killed["run_dir"], whole["run_dir"])
