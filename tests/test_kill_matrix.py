@@ -193,6 +193,7 @@ def test_the_clock_set_back_by_an_hour(launches, undisturbed, tmp_path):
 def test_twenty_random_kills_in_one_run(seed, small, digit_shards, tmp_path):
     """`-s` shows the table; it is saved as kills.json in the test's folder, too."""
     many = merged(CHANGES, {"schedule": {"epochs": None, "steps": 500}, "checkpoint": {"every_steps": 5}})
+    many["watch"] = {**WATCH, "start_timeout_s": 90}
     whole, killed = small("whole", **many), small("killed", **many)
     with hosts(2, tmp_path) as made:
         run = Launches(whole, tmp_path, made)
