@@ -190,7 +190,7 @@ def test_the_clock_set_back_by_an_hour(launches, undisturbed, tmp_path):
 @LONG
 @pytest.mark.timeout(5400)
 @pytest.mark.parametrize("seed", [5])
-def test_twenty_random_kills_in_one_run(seed, small, digit_shards, tmp_path):
+def test_twenty_random_kills_in_one_run(seed, small, tmp_path):
     """`-s` shows the table; it is saved as kills.json in the test's folder, too."""
     many = merged(CHANGES, {"schedule": {"epochs": None, "steps": 500}, "checkpoint": {"every_steps": 5}})
     many["watch"] = {**WATCH, "start_timeout_s": 90}
