@@ -230,10 +230,12 @@ class Launches:
                 alone = None
             elif alone is None:
                 alone = now
-            elif now - alone > PATIENCE and not helped:
-                helped = len(left)
-                for process in left:
-                    process.terminate()
+            elif now - alone > PATIENCE and left:
+                # one that waits in C++ for the other's end, five minutes long, does not hear a SIGTERM
+                end = [process.kill if helped else process.terminate for process in left]
+                helped, alone = len(left), now
+                for call in end:
+                    call()
             assert now < deadline, f"a hang: {self.ranks()} after {seconds:.0f} s\n{self.output()}"
             time.sleep(0.1)
         self._note_recovery()
@@ -370,4 +372,4 @@ def disturb_at_random(run: Launches, seed: int, kills: int, say: Callable[[str],
 
 
 def save_rows(rows: list[Row], path: Path) -> None:
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    path.write_text(json.dumps([asdict(row) for row in rows]))

@@ -143,6 +143,24 @@ def test_a_killed_launcher_stops_its_ranks_as_a_signal_would(small, tmp_path):
     assert [beat.ended for beat in read_heartbeats(Path(document["run_dir"]))] == ["in order", "in order"]
 
 
+def test_a_launcher_that_is_killed_while_its_ranks_import(small, tmp_path):
+    document = small("early", watch=WATCH, **ENDLESS)
+    waits = f"""
+import os, time
+import psn_train
+open({str(tmp_path / "rank")!r} + os.environ["RANK"], "w").close()
+while os.getppid() == psn_train.STARTED_BY:
+    time.sleep(0.1)
+"""
+    running = launch(document, tmp_path, 2, before=waits, wait=False)
+    wait_until(lambda: len(list(tmp_path.glob("rank?"))) == 2)
+    family = workers_of(running)
+    running.kill()
+    wait_until(lambda: not any(process.is_running() for process in family), 100)
+    output = running.stdout.read()
+    assert len(re.findall(r"rank \d on host \S+: its launcher is gone; nothing was trained yet", output)) == 2, output
+
+
 @LONG
 def test_told_to_stop_in_a_step_without_end(small, tmp_path):
     """Python's handler never runs in there; the watching thread ends the process after the time of grace."""

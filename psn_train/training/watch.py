@@ -37,6 +37,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+import psn_train
 from psn_train.data.progress import last_progress, note_progress, share_progress
 from psn_train.recipe import Recipe
 from psn_train.training.heartbeat import (
@@ -84,7 +85,7 @@ class Watch:
         self._silenced = False
         self._ended: str | None = None
         # a launcher that is killed takes nobody along
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._launcher = psn_train.STARTED_BY if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     # ---- what the run tells
 
