@@ -12,6 +12,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -139,6 +140,15 @@ def train_here(document: dict) -> int:
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
     return train(check_recipe(document))
+
+
+def engine_alone(recipe, model, device: torch.device | None = None):
+    """The engine of one process around a network, with the recipe's optimiser."""
+    from psn_train.training.engine import DataParallel
+    from psn_train.training.optim import build_optimizer
+
+    alone = SimpleNamespace(device=device or torch.device("cpu"), num_processes=1, prepare=lambda network: network)
+    return DataParallel(recipe, model, build_optimizer(model, recipe), alone)
 
 
 def results_of(document: dict) -> dict:

@@ -47,7 +47,9 @@ def test_one_process_is_no_launch(monkeypatch, capsys):
 
 def test_slurm_without_scontrol_asks_for_an_address(monkeypatch, tmp_path):
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(key, raising=False)
+        # so that what is set in the test goes with it
+        monkeypatch.setenv(key, "")
+        monkeypatch.delenv(key)
     for key, value in {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "PATH": str(tmp_path)}.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(ValueError, match="set MASTER_ADDR"):

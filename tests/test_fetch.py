@@ -92,7 +92,7 @@ def test_retries_are_said_in_one_line(data, tmp_path, capfd, monkeypatch):
 
 def test_retry_after_is_honoured(data, tmp_path, monkeypatch):
     waits = []
-    monkeypatch.setattr("psn_train.data.fetch.time.sleep", waits.append)
+    monkeypatch.setattr("psn_train.data.fetch._rest", waits.append)
     with flaky_server(tmp_path / "web", Plan(faults=("refuse",), failures=1, retry_after="7", status=429)) as (url, _):
         digest(f"{url}/x.tar")
     date = "Fri, 31 Dec 2999 23:59:59 GMT"
@@ -103,7 +103,7 @@ def test_retry_after_is_honoured(data, tmp_path, monkeypatch):
 
 def test_waits_grow_and_differ(data, tmp_path, monkeypatch):
     waits = []
-    monkeypatch.setattr("psn_train.data.fetch.time.sleep", waits.append)
+    monkeypatch.setattr("psn_train.data.fetch._rest", waits.append)
     plan = Plan(answers={"/x.tar": 500})
     with flaky_server(tmp_path / "web", plan) as (url, _), pytest.raises(FetchError):
         digest(f"{url}/x.tar", Patience(attempts=9, first_wait_s=1.0))

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import merged
+from conftest import engine_alone, merged
 from torch import nn
 
 from psn_train.data.stream import Batch
@@ -14,7 +14,6 @@ from psn_train.recipe import check_recipe, make_plan
 from psn_train.training.build import build_model
 from psn_train.training.inputs import TrainInputs
 from psn_train.training.memory import count_update
-from psn_train.training.optim import build_optimizer
 from psn_train.training.step import Updater
 
 IMAGES = {
@@ -111,7 +110,7 @@ def allocated_at_most(recipe, size: int) -> int:
     model, device, side = build_model(recipe, 10), torch.device("cpu"), recipe.data.image_size
     if recipe.precision.channels_last:
         model.to(memory_format=torch.channels_last)
-    updater = Updater(recipe, plan, model, build_optimizer(model, recipe), TrainInputs(recipe, 10, device), device)
+    updater = Updater(recipe, plan, engine_alone(recipe, model), TrainInputs(recipe, 10, device), device)
 
     def batches():
         while True:

@@ -4,11 +4,10 @@ import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_same_run, metrics, weights
+from conftest import assert_same_run, engine_alone, metrics, weights
 
 from psn_train.recipe import check_recipe
 from psn_train.training.checkpoint import find_checkpoint, read_meta
@@ -242,9 +241,7 @@ def test_accumulation_equals_one_large_batch_without_batch_norm(small):
     from psn_train.data.stream import TrainStream
     from psn_train.recipe import make_plan
     from psn_train.training.build import build_model
-    from psn_train.training.engine import DataParallel
     from psn_train.training.inputs import TrainInputs
-    from psn_train.training.optim import build_optimizer
     from psn_train.training.step import Updater
 
     device, outcomes = torch.device("cpu"), []
@@ -255,10 +252,8 @@ def test_accumulation_equals_one_large_batch_without_batch_norm(small):
         assert plan.grad_accum_steps == 24 // bound
         torch.manual_seed(0)
         model = build_model(recipe, 10).double().eval()
-        optimizer = build_optimizer(model, recipe)
         inputs = TrainInputs(recipe, 10, device)
-        alone = SimpleNamespace(device=device, num_processes=1, prepare=lambda network: network)
-        engine = DataParallel(recipe, model, optimizer, alone)
+        engine = engine_alone(recipe, model)
         updater = Updater(
             recipe, plan, engine, lambda b, y, position, a=inputs: (a(b, y, position)[0].double(), y, None), device
         )

@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from psn_train.data.cache import open_cache
 from psn_train.data.index import ShardIndex
 from psn_train.data.reader import SampleReader
 from psn_train.data.stream import TrainStream
@@ -65,8 +66,7 @@ def measure_updates(recipe: Recipe, num_classes: int, micro_batch_size: int, upd
 def measure_decoding(recipe: Recipe, index: ShardIndex, seconds: float = 3.0) -> tuple[float, str]:
     """(samples/s of one core, how that was found): the recipe's own samples, read, decoded and augmented here."""
     plan = make_plan(recipe, world_size=1, train_samples=index.num_samples)
-    cache = recipe.data.cache_dir or recipe.run_path / "shards"
-    reader = SampleReader(index, cache_dir=cache, cache_bytes=recipe.data.cache_gb * 1e9)
+    reader = SampleReader(index, open_cache(recipe.data, recipe.run_path / "shards"))
     stream = TrainStream(recipe, plan, reader, rank=0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
