@@ -1,5 +1,6 @@
 # make demo: set up, then shards -> training -> evaluation -> a timm folder on real digits.
-# make test: the same environment, then the tests.
+# make test: the same environment, then the tests, but for those that take minutes each.
+# make test-distributed: tests of several processes, hosts, launchers, and a Slurm; those that take minutes, too.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.installed
 # Python's compiled files are kept: without them torch alone takes ten seconds to import
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test lint format lock schema clean
+.PHONY: demo test test-distributed lint format lock schema clean
 
 demo: $(STAMP)
 	$(BIN)/psn demo
@@ -17,7 +18,11 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
+
+# one after another: each has a machine's processes of its own
+test-distributed: $(STAMP)
+	$(BIN)/python -m pytest -m "distributed or long"
 
 # renewed when a requirement changes; the package itself is installed editable
 $(STAMP): requirements.lock pyproject.toml

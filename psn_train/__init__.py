@@ -7,6 +7,8 @@ import os
 import sys
 
 __version__ = "0.1.0"
+# a rank asks later whether its launcher lives; by then the launcher may be gone, and its place taken by another process
+STARTED_BY = os.getppid()
 
 
 def _is_own_program() -> bool:

@@ -1,20 +1,25 @@
 """Fixtures: small shards of real digits, shared data where it is present, training runs in processes of their own."""
 
 import copy
+import dataclasses
 import faulthandler
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from psn_train.data import decoders
 from psn_train.training.checkpoint import find_checkpoint
 
 # two runs are compared bit for bit: the number of threads must not depend on what else runs
@@ -91,6 +96,15 @@ def digit_shards(digits, tmp_path_factory) -> Path:
     return folder
 
 
+def without_crcs(folder: Path) -> None:
+    """Make the index one of those that know no CRC-32 of samples, or that were made of shards damaged already."""
+    from psn_train.data.index import load_index, save_index
+
+    index = load_index(folder)
+    shards = [dataclasses.replace(shard, crc32=None) for shard in index.shards]
+    save_index(dataclasses.replace(index, shards=shards), folder)
+
+
 @pytest.fixture
 def small(digit_shards, tmp_path):
     """Make a recipe of a tiny run on the digits: small(run="a", optim={"lr": 1.0}) -> document."""
@@ -128,14 +142,24 @@ def train_here(document: dict) -> int:
     return train(check_recipe(document))
 
 
+def engine_alone(recipe, model, device: torch.device | None = None):
+    """The engine of one process around a network, with the recipe's optimiser."""
+    from psn_train.training.engine import DataParallel
+    from psn_train.training.optim import build_optimizer
+
+    alone = SimpleNamespace(device=device or torch.device("cpu"), num_processes=1, prepare=lambda network: network)
+    return DataParallel(recipe, model, build_optimizer(model, recipe), alone)
+
+
 def results_of(document: dict) -> dict:
     return json.loads((Path(document["run_dir"]) / "results.json").read_text())
 
 
 def _child(document: dict, before: str | None, errors: str) -> None:
     torch.set_num_threads(1)
-    # a spawned process would spawn its decoding processes, too, which takes seconds each
+    # a spawned process would spawn its decoding processes, too, which takes seconds each; so does a server
     multiprocessing.set_start_method("fork", force=True)
+    decoders.METHOD = "fork"
     sys.stdout = sys.stderr = open(errors, "a", buffering=1)  # noqa: SIM115 (closed by the end of the process)
     faulthandler.dump_traceback_later(100, exit=True, file=sys.stderr)
     from psn_train.recipe import check_recipe
@@ -179,8 +203,9 @@ def metrics(run: str | Path, *, timeless: bool = True) -> list[dict]:
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     if timeless:
         for line in lines:
-            for key in ("images_per_s", "data_wait", "seconds"):
-                line.pop(key, None)
+            measured = ("images_per_s", "data_wait", "seconds", "data_s", "compute_s")
+            for key in [key for key in line if key.startswith(measured)]:
+                del line[key]
     return lines
 
 
@@ -223,3 +248,53 @@ def small_events(dot_shards, tmp_path):
         return merged(events_document(dot_shards, tmp_path / run), changes)
 
     return make
+
+
+@pytest.fixture
+def memory_url(tmp_path):
+    """A folder of a store that lives in this process."""
+    import fsspec
+
+    yield f"memory://{tmp_path.name}/run"
+    fsspec.filesystem("memory").store.clear()
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """failing(numbers): from now on, the files of these numbers meet an error of the disk; returns those written."""
+    from psn_train.training import checkpoint_files
+
+    write = checkpoint_files.write_tensors
+
+    def make(numbers) -> list[int]:
+        calls = []
+
+        def flaky(file, tensors):
+            calls.append(len(calls))
+            if calls[-1] in numbers:
+                file.write(b"half of it")
+                raise OSError(5, "Input/output error")
+            return write(file, tensors)
+
+        monkeypatch.setattr(checkpoint_files, "write_tensors", flaky)
+        return calls
+
+    return make
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(megabytes): a folder that is a disk of its own."""
+    folder = tmp_path / "disk"
+
+    def make(megabytes: int) -> Path:
+        folder.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+        if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+            folder.rmdir()
+            pytest.skip("no right to mount a tmpfs")
+        return folder
+
+    yield make
+    if folder.exists():
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -10,14 +10,13 @@ from torch import nn
 from psn_train.training.checkpoint import (
     Checkpoint,
     CheckpointError,
-    clean,
     find_checkpoint,
     is_whole,
     last_checkpoint,
     read_best,
     read_checkpoint,
-    save_checkpoint,
 )
+from psn_train.training.checkpoint_files import clean, save_checkpoint
 from psn_train.training.optimizer_state import load_optimizer_by_name, optimizer_by_name
 from psn_train.training.runtime import RankState
 
@@ -141,17 +140,17 @@ def test_clean_removes_leftovers_and_restores_what_LAST_means(tmp_path):
 
 
 def test_a_full_disk_leaves_the_one_before(tmp_path, monkeypatch):
-    import psn_train.training.checkpoint as module
+    import psn_train.training.checkpoint_files as module
 
     model, optimizer = trained(OPTIMIZERS["sgd"], 1)
     first = save_checkpoint(tmp_path, checkpoint_of(model, optimizer, 1), keep_last=1)
 
-    def full(_tensors, path):
-        path.write_bytes(b"half")
+    def full(file, _tensors):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(CheckpointError, match=r"No space left.*still stands"):
+    monkeypatch.setattr(module, "write_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, checkpoint_of(model, optimizer, 2), keep_last=1)
     assert last_checkpoint(tmp_path) == first and is_whole(first)
     assert not list(tmp_path.glob(".*"))

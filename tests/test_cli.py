@@ -15,9 +15,9 @@ from conftest import merged, small_document
 from PIL import Image
 
 import psn_train
-from psn_train import doctor
 from psn_train.cli import main
 from psn_train.data.index import load_index
+from psn_train.doctor import machine
 from psn_train.recipe import packaged_recipes, recipe_schema
 
 DEMO = "mnist/sew_resnet10_psn.demo"
@@ -114,10 +114,10 @@ def test_doctor_is_content_here(psn):
 def test_doctor_knows_what_the_package_depends_on():
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     needed = re.search(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)[1]
-    assert dict(re.findall(r'"([\w-]+)>=([\d.]+)', needed)) == doctor._REQUIRED
+    assert dict(re.findall(r'"([\w-]+)>=([\d.]+)', needed)) == machine.REQUIRED
     extras = re.search(r"^\[project.optional-dependencies\]\n(.*?)^test = ", text, re.MULTILINE | re.DOTALL)[1]
     # deepspeed alone asks for ninja
-    assert set(re.findall(r'"([\w-]+)>=', extras)) - {"ninja"} <= set(doctor._OPTIONAL)
+    assert set(re.findall(r'"([\w-]+)>=', extras)) - {"ninja"} <= set(machine._OPTIONAL)
 
 
 def test_version(psn, capsys):

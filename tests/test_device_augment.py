@@ -24,7 +24,7 @@ def erased(small):
     def make(**augment) -> np.ndarray:
         wanted = {"mean": [0.0], "std": [1.0], "random_erasing": 1.0, **augment}
         inputs = TrainInputs(check_recipe(small(augment=wanted)), 10, torch.device("cpu"))
-        found, _, _ = inputs(batch_of(torch.full((200, 1, 64, 64), 255, dtype=torch.uint8)), torch.zeros(200), 0, 0)
+        found, _, _ = inputs(batch_of(torch.full((200, 1, 64, 64), 255, dtype=torch.uint8)), torch.zeros(200), 0)
         return (found != 1).numpy()[:, 0]
 
     return make
@@ -66,5 +66,5 @@ def test_erasing_never_waits_for_the_device(small, mode):
     wanted = {"random_erasing": 1.0, "random_erasing_mode": mode}
     inputs = TrainInputs(check_recipe(small(augment=wanted)), 10, torch.device("meta"))
     images = torch.zeros(8, 1, 16, 16, dtype=torch.uint8, device="meta")
-    found, _, _ = inputs(batch_of(images), torch.zeros(8, dtype=torch.int64, device="meta"), 0, 0)
+    found, _, _ = inputs(batch_of(images), torch.zeros(8, dtype=torch.int64, device="meta"), 0)
     assert found.shape == (8, 1, 16, 16) and found.dtype == torch.float32

@@ -48,7 +48,9 @@ def launch(
     if before:
         script = folder / "patched.py"
         script.write_text(
-            f"{before}\nimport sys\nfrom psn_train.cli import main\nsys.exit(main(['train', *sys.argv[1:]]))"
+            # decoding processes import it, too
+            f"{before}\nimport sys\nfrom psn_train.cli import main\n"
+            "if __name__ == '__main__':\n    sys.exit(main(['train', *sys.argv[1:]]))"
         )
         target = [str(script), str(recipe)]
     else:

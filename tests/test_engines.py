@@ -179,7 +179,7 @@ def test_shipped_configurations_fit_every_recipe(small, monkeypatch, tmp_path, n
     from psn_train.recipe import make_plan
 
     text = (ROOT / "launch" / "deepspeed" / f"zero{number}.json").read_text()
-    assert "auto" not in text
+    assert '"auto"' not in text
     configured(monkeypatch, tmp_path, text)
     recipe = recipe_of(small, optim={"clip_grad_norm": 1.0}, precision={"dtype": "bf16"})
     config = zero_config(recipe)

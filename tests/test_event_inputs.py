@@ -84,7 +84,7 @@ def test_each_frame_is_in_channels_last_if_the_recipe_says_so(dots):
         recipe = recipe_of(precision={"channels_last": wanted})
         for frames in (
             EvalInputs(recipe, CPU)(batch_of(dots, recipe))[0],
-            TrainInputs(recipe, 3, CPU)(batch_of(dots, recipe), torch.zeros(9, dtype=torch.int64), 0, 0)[0],
+            TrainInputs(recipe, 3, CPU)(batch_of(dots, recipe), torch.zeros(9, dtype=torch.int64), 0)[0],
         ):
             # [T * N, C, H, W] as convolutions see it
             flat = frames.flatten(0, 1)
@@ -102,16 +102,16 @@ def test_augmentation_is_one_draw_a_recording_by_seed_epoch_and_id(dots):
     recipe = recipe_of(**AUGMENTED)
     targets = torch.zeros(9, dtype=torch.int64)
     batch = batch_of(dots, recipe)
-    found, same, mask = TrainInputs(recipe, 3, CPU)(batch, targets, 5, 1)
+    found, same, mask = TrainInputs(recipe, 3, CPU)(batch, targets, 5)
     assert mask is None and torch.equal(same, targets)
     plain, _ = EvalInputs(recipe, CPU)(batch)
     expected = augment_frames(plain, draw_events(recipe, batch.epochs, batch.ids))
     assert torch.equal(found, expected) and not torch.equal(found, plain)
     # whatever micro-batch and rank it is in, and whoever its neighbours are
     part = Batch(PackedEvents.pack(dots[4:6]), targets[4:6], batch.ids[4:6], batch.epochs[4:6])
-    assert torch.equal(TrainInputs(recipe, 3, CPU)(part, targets[4:6], 0, 0)[0], found[:, 4:6])
+    assert torch.equal(TrainInputs(recipe, 3, CPU)(part, targets[4:6], 0)[0], found[:, 4:6])
     other = Batch(batch.inputs, targets, batch.ids, batch.epochs + 1)
-    assert not torch.equal(TrainInputs(recipe, 3, CPU)(other, targets, 5, 1)[0], found)
+    assert not torch.equal(TrainInputs(recipe, 3, CPU)(other, targets, 5)[0], found)
 
 
 def test_all_steps_of_a_recording_get_the_same_draw(dots):
@@ -130,7 +130,7 @@ def test_mixing_is_the_same_for_all_steps_and_softens_the_targets(dots, kind):
     recipe = recipe_of(augment={kind: 1.0, "crop": "none"}, loss={"label_smoothing": 0.1})
     dots, labels = dots[:8], [0, 1, 2, 0, 1, 2, 0, 1]
     batch = batch_of(dots, recipe, labels)
-    frames, targets, _ = TrainInputs(recipe, 3, CPU)(batch, batch.targets, 3, 0)
+    frames, targets, _ = TrainInputs(recipe, 3, CPU)(batch, batch.targets, 3)
     plain, _ = EvalInputs(recipe, CPU)(batch)
     flipped = plain.flip(1)
     assert targets.shape == (8, 3) and torch.allclose(targets.sum(1), torch.ones(8))
@@ -147,7 +147,7 @@ def test_mixing_is_the_same_for_all_steps_and_softens_the_targets(dots, kind):
         own, others = (frames == plain).flatten(0, 2).all(0), (frames == flipped).flatten(0, 2).all(0)
         assert (own | others).all() and not own.all() and not others.all()
         assert (~own).float().mean() == pytest.approx(1 - float(lam), abs=0.35)
-    again, _, _ = TrainInputs(recipe, 3, CPU)(batch, batch.targets, 3, 0)
+    again, _, _ = TrainInputs(recipe, 3, CPU)(batch, batch.targets, 3)
     assert torch.equal(again, frames)
 
 

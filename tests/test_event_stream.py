@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import merged
+from conftest import merged, without_crcs
 from event_data import CLASSES, DURATION, SENSOR, moving_dot, say, write_recordings
 
 from psn_train.cli import main
@@ -167,6 +167,7 @@ def damaged(dot_shards, tmp_path):
         place = shard.offsets[3] + member.index(b"PSNE") + 60
         file.seek(place)
         file.write(bytes([member[place - shard.offsets[3]] ^ 1]))
+    without_crcs(folder)
     return folder, f"{shard.name}[3]"
 
 

@@ -9,7 +9,7 @@ import foreign_networks as foreign
 import pytest
 import timm
 import torch
-from conftest import assert_same_run, merged, metrics, results_of, train_here, weights
+from conftest import assert_same_run, engine_alone, merged, metrics, results_of, train_here, weights, without_crcs
 from event_data import DURATION, say, write_dots
 
 from psn_train.cli import main
@@ -20,7 +20,6 @@ from psn_train.publish.hub import evaluate_folder, load_timm_folder, write_timm_
 from psn_train.recipe import check_recipe, load_recipe, make_plan, packaged_recipes, recipe_path
 from psn_train.training.build import build_model
 from psn_train.training.inputs import EvalInputs, TrainInputs
-from psn_train.training.optim import build_optimizer
 from psn_train.training.step import Updater
 
 CPU = torch.device("cpu")
@@ -120,6 +119,7 @@ def test_bad_recordings_are_capped(small_events, dot_shards, tmp_path):
     data = bytearray((folder / shard.name).read_bytes())
     data[data.index(b"PSNE", shard.offsets[2]) + 50] ^= 255
     (folder / shard.name).write_bytes(data)
+    without_crcs(folder)
     document = small_events("capped", data={"train": str(folder)})
     with pytest.raises(ShardError, match=r"(?s)1 unreadable samples, data.max_bad_samples is 0.*undecodable recording"):
         train_here(document)
@@ -170,7 +170,7 @@ def test_accumulation_equals_one_large_batch_without_batch_norm(small_events, ch
             x, targets, mask = inputs(*arguments)
             return x.double(), targets, mask
 
-        updater = Updater(recipe, plan, model, build_optimizer(model, recipe), in_double, CPU)
+        updater = Updater(recipe, plan, engine_alone(recipe, model), in_double, CPU)
         stream = TrainStream(recipe, plan, reader, 0)
         for step in range(3):
             updater.run(iter([stream[step * plan.grad_accum_steps + a] for a in range(plan.grad_accum_steps)]), step)
@@ -200,7 +200,7 @@ def test_training_accuracy_is_of_each_recordings_own_steps(small_events):
             return self.scale * torch.where(seen, right, 100 * right.roll(1, dims=1))
 
     model = Sure()
-    updater = Updater(recipe, plan, model, build_optimizer(model, recipe), TrainInputs(recipe, 3, CPU), CPU)
+    updater = Updater(recipe, plan, engine_alone(recipe, model), TrainInputs(recipe, 3, CPU), CPU)
     updater.run(iter([batch]), 0)
     assert updater.window[1:3].tolist() == [12, 12]
 

@@ -1,38 +1,151 @@
-"""Freed memory is kept by the processes that decode."""
+"""The memory that an update is said to need: without data as with data, and as torch's allocator saw it."""
 
-import subprocess
-import sys
+import math
+from dataclasses import asdict
 
-import pytest
-
-from psn_train.data import memory
-
-PROGRAM = """
-import resource, runpy, sys
 import numpy as np
-if sys.argv[1] == "keep" and not runpy.run_path(sys.argv[2])["keep_freed_memory"]():
-    sys.exit(3)
+import pytest
+import torch
+from conftest import engine_alone, merged
+from torch import nn
 
-def decode():
-    # as a recording of 200,000 events: several arrays of 1.6 MB at once
-    return sum(array[0] for array in [np.ones(200_000) for _ in range(10)])
+from psn_train.data.stream import Batch
+from psn_train.recipe import check_recipe, make_plan
+from psn_train.training.build import build_model
+from psn_train.training.inputs import TrainInputs
+from psn_train.training.memory import count_update
+from psn_train.training.step import Updater
 
-decode()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    decode()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
+IMAGES = {
+    "name": "counted",
+    "model": {"name": "sew_resnet10_psn", "T": 2, "args": {"stem": "3x3", "width": 8}},
+    "data": {"train": "nowhere", "global_batch_size": 8, "image_size": 16, "hold_out": 0},
+    "augment": {"crop": "pad"},
+    "optim": {"lr": 0.1},
+    "schedule": {"epochs": 1},
+}
+# these take none of a SEW-ResNet's arguments
+CONVOLUTIONS = merged(IMAGES, {"model": {"name": "cifar_net_masked_psn", "k": 2}})
+CONVOLUTIONS["model"]["args"] = {"width": 8, "img_size": 16}
+EVENTS = merged(
+    IMAGES,
+    {
+        "model": {"name": "vgg_snn_sliding_psn", "T": 3, "k": 2, "in_chans": 2},
+        "data": {"image_size": 48},
+        "augment": {"crop": "none", "hflip": 0.0},
+        "events": {"frames": "number"},
+    },
+)
+EVENTS["model"]["args"] = {}
+NETWORKS = {
+    "SEW": IMAGES,
+    "SEW bottlenecks, NCHW": merged(
+        IMAGES, {"model": {"name": "sew_resnet50_psn"}, "precision": {"channels_last": False}}
+    ),
+    "SEW with an LIF, IAND": merged(IMAGES, {"model": {"name": "sew_resnet18_lif", "connect_function": "IAND"}}),
+    "recomputed": merged(IMAGES, {"model": {"grad_checkpointing": True}}),
+    "mixed": merged(IMAGES, {"augment": {"mixup": 0.2}, "loss": {"name": "mean_logits"}}),
+    "convolutions": CONVOLUTIONS,
+    "recordings": EVENTS,
+}
 
 
-def page_faults(how: str) -> int:
-    # by its path: the package would import torch
-    done = subprocess.run([sys.executable, "-c", PROGRAM, how, memory.__file__], capture_output=True, text=True)
-    if done.returncode == 3:
-        pytest.skip("the C library is not glibc")
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
+def recipe_of(document: dict, **changes):
+    return check_recipe(merged(document, changes))
 
 
-def test_kept_memory_is_not_asked_for_again():
-    assert page_faults("give back") > 10 * page_faults("keep")
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_tensors_without_data_count_as_real_ones(name, dtype):
+    """In float32 to the byte; under autocast but for the statistics that batch norms keep of a batch: two numbers a
+    channel, float32 in truth."""
+    recipe = recipe_of(NETWORKS[name], precision={"dtype": dtype})
+    counted, real = (asdict(count_update(recipe, 10, 2, real=real)) for real in (False, True))
+    assert min(value for key, value in counted.items() if key != "step_peak") > 0
+    if dtype == "fp32":
+        assert counted == real
+        return
+    norms = [module for module in build_model(recipe, 10).modules() if isinstance(module, nn.BatchNorm2d)]
+    short = 2 * 2 * sum(norm.num_features for norm in norms)
+    for key, value in real.items():
+        assert 0 <= value - counted[key] <= (short if key in ("saved", "activations_peak") else 0), key
+
+
+def test_activations_grow_with_the_batch_and_nothing_else_does():
+    recipe = recipe_of(IMAGES)
+    two, four, eight = (count_update(recipe, 10, size) for size in (2, 4, 8))
+    assert (two.parameters, two.gradients, two.optimizer_state) == (
+        eight.parameters,
+        eight.gradients,
+        eight.optimizer_state,
+    )
+    assert eight.saved - four.saved == 2 * (four.saved - two.saved) > 0
+    assert eight.inputs == 4 * two.inputs
+    steps = count_update(recipe_of(IMAGES, model={"T": 4}), 10, 4)
+    assert steps.saved > 1.6 * four.saved
+    assert count_update(recipe_of(IMAGES, model={"grad_checkpointing": True}), 10, 8).saved < eight.saved / 2
+    half = count_update(recipe_of(IMAGES, precision={"dtype": "bf16"}), 10, 8)
+    assert half.saved < eight.saved and half.parameters == eight.parameters
+
+
+@pytest.mark.parametrize(
+    ("optim", "copies"),
+    [
+        ({"name": "sgd", "momentum": 0.0}, 0),
+        ({"name": "sgd", "momentum": 0.9}, 1),
+        ({"name": "adamw"}, 2),
+        ({"name": "lion"}, 1),
+    ],
+)
+def test_state_of_the_optimiser_is_counted(optim, copies):
+    update = count_update(recipe_of(IMAGES, optim=optim), 10, 2)
+    # counters of single numbers are left out, and with them the state of parameters of one number
+    assert update.optimizer_state == pytest.approx(copies * update.parameters, rel=1e-3)
+
+
+def allocated_at_most(recipe, size: int) -> int:
+    """Bytes that torch's allocator had in the second update above what it had before."""
+    plan = make_plan(recipe, world_size=1, train_samples=1000)
+    assert (plan.micro_batch_size, plan.grad_accum_steps) == (size, 2)
+    model, device, side = build_model(recipe, 10), torch.device("cpu"), recipe.data.image_size
+    if recipe.precision.channels_last:
+        model.to(memory_format=torch.channels_last)
+    updater = Updater(recipe, plan, engine_alone(recipe, model), TrainInputs(recipe, 10, device), device)
+
+    def batches():
+        while True:
+            images = torch.zeros(size, recipe.model.in_chans, side, side, dtype=torch.uint8)
+            yield Batch(
+                images, torch.zeros(size, dtype=torch.int64), np.arange(size), np.zeros(size), ["sample"] * size
+            )
+
+    updater.run(batches(), 0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        updater.run(batches(), 1)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": {"dtype": "bf16", "channels_last": False}},
+        {"model": {"grad_checkpointing": True}, "optim": {"name": "adamw"}},
+    ],
+)
+def test_counted_is_what_the_allocator_saw(changes):
+    """The trainer's own update on the CPU, whose operations also need buffers inside: within 10 %."""
+    size = 32
+    recipe = recipe_of(
+        IMAGES, **merged({"data": {"global_batch_size": 2 * size, "max_batch_per_device": size}}, changes)
+    )
+    update = count_update(recipe, 10, size, gpu=False)
+    counted = update.gradients + update.inputs + update.activations_peak
+    measured = allocated_at_most(recipe, size)
+    assert math.isclose(counted, measured, rel_tol=0.1), (counted, measured)

@@ -25,37 +25,99 @@ def test_batches_tile_the_stream_at_any_world_size(sizes, shuffle, streams, data
     total = sum(sizes)
     batch = 12
     steps = data.draw(st.integers(1, 3 * total // batch + 2))
-    whole_epochs, whole = stream_positions(0, steps * batch, tuple(sizes), seed=3, shuffle=shuffle, streams=streams)
+    arguments = {"global_batch_size": batch, "seed": 3, "shuffle": shuffle, "streams": streams}
+    whole_epochs, whole = stream_positions(0, steps * batch, tuple(sizes), **arguments)
     for world in (1, 2, 3, 4, 6):
         share = batch // world
         pieces = [
-            stream_positions(s * batch + r * share, share, tuple(sizes), seed=3, shuffle=shuffle, streams=streams)[1]
+            stream_positions(s * batch + r * share, share, tuple(sizes), **arguments)[1]
             for s in range(steps)
             for r in range(world)
         ]
         assert np.array_equal(np.concatenate(pieces), whole)
-    for epoch in range(int(whole_epochs[-1])):
+    for epoch in range(int(whole_epochs.max())):
         assert sorted(whole[whole_epochs == epoch].tolist()) == list(range(total))
 
 
 @settings(max_examples=100, deadline=None)
+@given(SIZES, st.integers(1, 9), st.integers(1, 30), st.integers(0, 5), st.data())
+def test_a_batch_stands_stream_by_stream_and_is_the_same_set(sizes, streams, batch, hold_out, data):
+    hold_out = min(hold_out, sum(sizes) - 1)
+    arguments = {"seed": 3, "shuffle": "shards", "streams": streams, "hold_out": hold_out}
+    step = data.draw(st.integers(0, 3 * sum(sizes) // batch + 2))
+    start = step * batch
+    epochs, ids = stream_positions(start, batch, tuple(sizes), global_batch_size=batch, **arguments)
+    # batches of one sample have no order within
+    single = stream_positions(start, batch, tuple(sizes), global_batch_size=1, **arguments)
+    by_stream = sorted(range(batch), key=lambda i: (start + i) % streams)
+    assert ids.tolist() == single[1][by_stream].tolist()
+    assert epochs.tolist() == single[0][by_stream].tolist()
+
+
+NODES = st.sampled_from([(2, 1, 2), (2, 2, 2), (4, 2, 1), (6, 3, 2), (8, 4, 2)])
+
+
+@settings(max_examples=100, deadline=None)
+@given(SIZES, NODES, st.integers(1, 3), st.integers(0, 5))
+def test_every_node_reads_streams_of_its_own(sizes, layout, per_stream, hold_out):
+    """streams a multiple of the nodes, the batch one of the streams: at the borders of epochs, too."""
+    streams, nodes, ranks = layout
+    batch = per_stream * streams * (ranks if streams % (nodes * ranks) else 1)
+    trained_on = sum(sizes) - min(hold_out, sum(sizes) - 1)
+    arguments = {"seed": 5, "shuffle": "shards", "streams": streams, "hold_out": sum(sizes) - trained_on}
+    steps = 2 * trained_on // batch + 2
+    epochs, ids = stream_positions(0, steps * batch, tuple(sizes), global_batch_size=batch, **arguments)
+    _, interleaved = stream_positions(0, steps * batch, tuple(sizes), global_batch_size=1, **arguments)
+    interleaved_epochs = np.arange(steps * batch) // trained_on
+    stream_of = {
+        (int(epoch), int(sample)): place % streams
+        for place, (epoch, sample) in enumerate(zip(interleaved_epochs, interleaved, strict=True))
+    }
+    needed = {}
+    for place, (epoch, sample) in enumerate(zip(epochs.tolist(), ids.tolist(), strict=True)):
+        node = place % batch * nodes // batch
+        assert stream_of[epoch, sample] * nodes // streams == node
+        shard = int(np.searchsorted(np.cumsum(sizes), sample, side="right"))
+        needed.setdefault((epoch, shard), set()).add(node)
+    for epoch in range(2):
+        # of the shards that a cut falls into, each node's end with a neighbour's
+        twice = sum(len(of) - 1 for (which, _), of in needed.items() if which == epoch)
+        assert twice <= nodes - 1
+
+
+@pytest.mark.parametrize(("shards", "streams", "nodes"), [(16, 4, 2), (24, 8, 4), (12, 6, 3)])
+def test_no_shard_is_needed_by_two_nodes_where_streams_hold_whole_shards(shards, streams, nodes):
+    sizes, batch = (10,) * shards, 2 * streams
+    arguments = {"seed": 5, "shuffle": "shards", "streams": streams, "global_batch_size": batch}
+    epochs, ids = stream_positions(0, 3 * sum(sizes), sizes, **arguments)
+    node = np.arange(len(ids)) % batch * nodes // batch
+    for epoch in range(3):
+        sets = [set((ids[(epochs == epoch) & (node == n)] // 10).tolist()) for n in range(nodes)]
+        assert sum(map(len, sets)) == shards == len(set.union(*sets))
+
+
+@settings(max_examples=100, deadline=None)
 @given(SIZES, st.sampled_from(["full", "shards"]), st.integers(1, 9), st.integers(0, 3), st.data())
-def test_held_out_samples_are_left_out_of_an_order_that_stays(sizes, shuffle, streams, hold_out_seed, data):
+def test_held_out_samples_are_left_out_of_the_order(sizes, shuffle, streams, hold_out_seed, data):
     total = sum(sizes)
     hold_out = data.draw(st.integers(0, total - 1))
-    arguments = {"seed": 3, "shuffle": shuffle, "streams": streams}
     split = {"hold_out": hold_out, "hold_out_seed": hold_out_seed}
     held_out = held_out_ids(total, hold_out, hold_out_seed).tolist()
     assert held_out == sorted(set(held_out)) and len(held_out) == hold_out
     left = total - hold_out
     for epoch in (0, 2):
-        whole = epoch_order(sizes, epoch=epoch, **arguments).tolist()
-        order = epoch_order(sizes, epoch=epoch, **arguments, **split).tolist()
-        assert order == [sample for sample in whole if sample not in set(held_out)]
-        # and so stands in the stream, wherever one starts to read it
-        for start, count in ((epoch * left, left), (epoch * left + left // 2, left - left // 2)):
-            epochs, ids = stream_positions(start, count, tuple(sizes), **arguments, **split)
-            assert set(epochs.tolist()) == {epoch} and ids.tolist() == order[left - count :]
+        # streams are cut after the samples are taken out, so that all are equally long; one stream is the sequence
+        for count in (1, streams):
+            arguments = {"seed": 3, "shuffle": shuffle, "streams": count}
+            order = epoch_order(sizes, epoch=epoch, **arguments, **split).tolist()
+            assert sorted(order) == sorted(set(range(total)) - set(held_out))
+            if shuffle == "full" or count == 1:
+                whole = epoch_order(sizes, epoch=epoch, **arguments).tolist()
+                assert order == [sample for sample in whole if sample not in set(held_out)]
+            # and so stands in the stream, wherever one starts to read it
+            for start, length in ((epoch * left, left), (epoch * left + left // 2, left - left // 2)):
+                epochs, ids = stream_positions(start, length, tuple(sizes), global_batch_size=1, **arguments, **split)
+                assert set(epochs.tolist()) == {epoch} and ids.tolist() == order[left - length :]
 
 
 def test_the_split_is_known_and_a_smaller_one_is_part_of_a_larger_one():
@@ -74,10 +136,13 @@ def test_order_changes_with_seed_and_epoch_and_is_known():
     assert not np.array_equal(first, epoch_order([5, 5, 5], seed=1, epoch=0, **arguments))
     # a golden order: a change here means that runs under way would see other samples after an upgrade
     assert first.tolist() == GOLDEN_SHARDS
+    _, batch = stream_positions(0, 8, (5, 5, 5), seed=0, global_batch_size=8, **arguments)
+    assert batch.tolist() == GOLDEN_BATCH
     assert epoch_order([5, 5, 5], seed=0, epoch=0, shuffle="full", streams=1).tolist() == GOLDEN_FULL
 
 
-GOLDEN_SHARDS = [9, 5, 10, 3, 8, 7, 14, 1, 6, 11, 13, 4, 12, 0, 2]
+GOLDEN_SHARDS = [9, 10, 14, 2, 8, 12, 13, 4, 6, 11, 0, 1, 5, 7, 3]
+GOLDEN_BATCH = [9, 8, 10, 12, 14, 13, 2, 4]
 GOLDEN_HELD_OUT = [0, 1, 2, 3, 6]
 GOLDEN_FULL = [12, 9, 1, 11, 14, 13, 0, 3, 2, 7, 4, 10, 5, 6, 8]
 
@@ -100,7 +165,7 @@ def test_a_million_samples_are_ordered_quickly():
     # once an epoch: the next ones are looked up
     begin = time.perf_counter()
     for _ in range(1000):
-        stream_positions(0, 64, (1251,) * 1024, **arguments)
+        stream_positions(0, 64, (1251,) * 1024, global_batch_size=256, **arguments)
     assert time.perf_counter() - begin < 5
 
 

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import without_crcs
 
 from psn_train.data.index import ShardError, load_index
 from psn_train.data.reader import SampleReader
@@ -201,6 +202,7 @@ def damage(folder, shards, ids) -> list[str]:
             member = file.read(shard.offsets[place + 1] - shard.offsets[place])
             file.seek(shard.offsets[place] + member.index(b"\x89PNG"))
             file.write(b"JUNK" * 8)
+    without_crcs(folder)
     return [reader.name(sample_id) for sample_id in ids]
 
 
@@ -229,14 +231,14 @@ def test_a_stand_in_is_a_copy_its_augmentation_included(opened, digit_shards, tm
     (stream,) = streams(recipe, ResidentImages(reader, recipe, "cpu"))
     epochs, ids = stream.positions(6)
     # the stand-in of an epoch's last sample is shown as the next epoch has it
-    assert epochs.tolist() == [0] * 6 + [1] * 18
-    wrong = sorted({int(ids[5]), int(ids[23])})
+    assert epochs.tolist() == ([0] * 2 + [1] * 6) * 3
+    wrong = sorted({int(ids[1]), int(ids[23])})
     damage(tmp_path / "damaged", digit_shards / "train", wrong)
     data = {"train": str(tmp_path / "damaged"), "max_bad_samples": 2}
     recipe, reader = opened(data=data, augment=AUGMENTED)
     (damaged,) = streams(recipe, ResidentImages(reader, recipe, "cpu"))
     before, after = stream[6], damaged[6]
-    for place, shown in enumerate([0, 1, 2, 3, 4, 6, *range(6, 23), 0]):
+    for place, shown in enumerate([0, 2, *range(2, 23), 0]):
         assert torch.equal(after.inputs[place], before.inputs[shown])
         assert after.targets[place] == before.targets[shown] and after.keys[place] == before.keys[shown]
 

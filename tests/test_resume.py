@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import assert_same_run, merged, run_in_child, small_document
+from conftest import assert_same_run, merged, run_in_child, small_document, train_here
 
 from psn_train.training.checkpoint import find_checkpoint, last_checkpoint, read_meta
 from psn_train.training.runtime import EXIT_STOPPED
@@ -45,17 +45,30 @@ m.Updater.run = killing
 """,
     ),
     "in a save, after one file": (
-        "checkpoint",
+        "checkpoint_files",
         """
-save = m.save_file
-def killing(tensors, path):
-    save(tensors, path)
-    if "ema" in path.name: os.kill(os.getpid(), signal.SIGKILL)
-m.save_file = killing
+write, written = m.write_tensors, []
+def killing(file, tensors):
+    # the third is the optimiser's: the model and its average are there
+    written.append(None)
+    if len(written) == 3: os.kill(os.getpid(), signal.SIGKILL)
+    return write(file, tensors)
+m.write_tensors = killing
+""",
+    ),
+    "in a save, in the middle of a file": (
+        "checkpoint_files",
+        """
+m._PIECE, write, pieces = 1 << 10, m._Whole.write, []
+def killing(self, data):
+    write(self, data)
+    pieces.append(len(data))
+    if sum(pieces) > 20000: os.kill(os.getpid(), signal.SIGKILL)
+m._Whole.write = killing
 """,
     ),
     "in a save, just before it is renamed": (
-        "checkpoint",
+        "checkpoint_files",
         """
 replace, renames = m.os.replace, []
 def killing(a, b):
@@ -65,17 +78,17 @@ m.os.replace = killing
 """,
     ),
     "in a save, before LAST moves": (
-        "checkpoint",
+        "checkpoint_files",
         """
-write = m._write_text
+write = m.write_text
 def killing(path, text):
     if path.name == "LAST" and "12" in text: os.kill(os.getpid(), signal.SIGKILL)
     write(path, text)
-m._write_text = killing
+m.write_text = killing
 """,
     ),
     "in a save, while the old one is deleted": (
-        "checkpoint",
+        "checkpoint_files",
         """
 rmtree = m.shutil.rmtree
 def killing(path, **kw):
@@ -139,6 +152,32 @@ m.Updater.run = signalled
     assert_same_run(document["run_dir"], reference)
 
 
+def test_signal_while_a_slow_disk_is_written_to(small, train_in_child, reference):
+    """A checkpoint of the fourth update is being written until the signal has come, and for a while after it."""
+    document = small("slow", **STATEFUL)
+    send = """
+import os, signal, threading, psn_train.training.checkpoint_files as m, psn_train.training.step as s
+write, run, sent = m.write_tensors, s.Updater.run, threading.Event()
+def slow(file, tensors):
+    assert sent.wait(60)
+    threading.Event().wait(0.5)
+    return write(file, tensors)
+def signalled(self, batches, step):
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+        sent.set()
+    return run(self, batches, step)
+m.write_tensors, s.Updater.run = slow, signalled
+"""
+    status, log = train_in_child(document, before=send)
+    assert status == EXIT_STOPPED, log
+    assert "stopped by SIGTERM after step 6; all is saved" in log
+    assert last_checkpoint(Path(document["run_dir"]) / "checkpoints").name == "step_00000006"
+    status, log = train_in_child(document)
+    assert status == 0 and "goes on after step 6" in log
+    assert_same_run(document["run_dir"], reference)
+
+
 def test_signal_in_an_evaluation_owes_it(small, train_in_child, reference):
     document = small("owing", **STATEFUL)
     send = """
@@ -156,3 +195,14 @@ m.FiringRates.__init__ = signalled
     status, log = train_in_child(document)
     assert status == 0, log
     assert_same_run(document["run_dir"], reference)
+
+
+def test_a_run_of_another_order_is_refused(small):
+    """An epoch that is half of one order and half of another shows samples twice and others never."""
+    document = small("ordered", schedule={"epochs": None, "steps": 3, "stop_after_steps": 2})
+    assert train_here(document) == 0
+    state = find_checkpoint(document["run_dir"], "last") / "state.json"
+    state.write_text(state.read_text().replace('"order": 2', '"order": 1'))
+    del document["schedule"]["stop_after_steps"]
+    with pytest.raises(ValueError, match="the order of samples: 1 then, 2 now"):
+        train_here(document)

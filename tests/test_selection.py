@@ -15,7 +15,7 @@ from psn_train.recipe import check_recipe, make_plan
 from psn_train.training.build import open_splits
 from psn_train.training.checkpoint import find_checkpoint, read_best, read_meta
 from psn_train.training.results import SelectionError
-from psn_train.training.run import RunError
+from psn_train.training.run_folder import RunError
 from psn_train.training.runtime import EXIT_STOPPED
 
 
@@ -287,8 +287,8 @@ def read_best_step(document: dict) -> int:
 def test_a_kill_between_LAST_and_BEST_is_repaired(splitting, train_in_child):
     document = splitting()
     kill = """
-import os, signal, psn_train.training.checkpoint as m
-m._write_best = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
+import os, signal, psn_train.training.checkpoint_files as m
+m.write_best = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
 """
     status, log = train_in_child(document, before=kill)
     assert status == -signal.SIGKILL, log

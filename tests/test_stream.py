@@ -11,7 +11,9 @@ import threading
 import numpy as np
 import pytest
 import torch
+from conftest import without_crcs
 
+from psn_train.data.cache import ShardCache
 from psn_train.data.index import ShardError, load_index, save_index
 from psn_train.data.reader import SampleReader
 from psn_train.data.split_checks import check_counts
@@ -131,6 +133,7 @@ def damaged(digit_shards, tmp_path):
         place = member.index(b"\x89PNG")
         file.seek(shard.offsets[3] + place)
         file.write(b"JUNK" * 8)
+    without_crcs(folder)
     return folder, f"{shard.name}[3]"
 
 
@@ -232,8 +235,7 @@ def test_urls_are_fetched_once_and_give_the_same_samples(streams, web, tmp_path)
     index = load_index(f"{url}/train")
     assert index.num_samples == 150
     requests.clear()
-    cache = tmp_path / "cache"
-    reader = SampleReader(index, cache_dir=cache)
+    reader = SampleReader(index, ShardCache(tmp_path / "cache", 1e9))
     for stream in local:
         remote = TrainStream(stream.recipe, stream.plan, reader, stream.rank)
         for micro in range(3):
@@ -247,7 +249,7 @@ def test_pipes_and_a_small_cache(streams, digit_shards, tmp_path):
     index = load_index(digit_shards / "train")
     piped = replace(index, shards=[replace(s, name=f"pipe:cat {digit_shards}/train/{s.name}") for s in index.shards])
     largest = max(shard.num_bytes for shard in index.shards)
-    reader = SampleReader(piped, cache_dir=tmp_path / "cache", cache_bytes=2 * largest)
+    reader = SampleReader(piped, ShardCache(tmp_path / "cache", 2 * largest))
     plain = SampleReader(index)
     for sample in itertools.chain(range(0, 150, 7), range(0, 150, 11)):
         assert reader.read(sample) == plain.read(sample)
@@ -259,7 +261,7 @@ def test_a_shard_that_changed_behind_its_url_is_refused(digit_shards, tmp_path):
 
     index = load_index(digit_shards / "train")
     wrong = replace(index.shards[0], name=f"pipe:cat {digit_shards}/train/{index.shards[1].name}")
-    reader = SampleReader(replace(index, shards=[wrong]), cache_dir=tmp_path)
+    reader = SampleReader(replace(index, shards=[wrong]), ShardCache(tmp_path, 1e9))
     with pytest.raises(ShardError, match="the index wants"):
         reader.read(0)
     assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob(".*.tmp"))

@@ -21,12 +21,13 @@ ROOMS = {
     "models": {"neurons"},
     "data": {"recipe"},
     "training": {"recipe", "neurons", "models", "data"},
+    "plan": {"recipe", "neurons", "models", "data", "training"},
     "publish": {"recipe", "neurons", "models", "data", "training"},
     "bench": {"recipe", "neurons", "models", "data", "training"},
 }
 # what sees everything -> who may import it
 FRONT = {
-    "cli": {"train"},
+    "cli": {"train", "doctor"},
     "train": set(),
     "demo": {"cli"},
     "view": {"cli", "demo"},
@@ -195,7 +196,9 @@ DOCUMENTS = [
     "recipes/sequential_cifar100/order_ablation.md",
     "docs/spikingjelly.md",
     "docs/events.md",
+    "docs/many_machines.md",
 ]
+_TRAINS = ("-m psn_train.train ", "launch/torchrun.sh ", "launch/slurm/train.sbatch ")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -219,30 +222,57 @@ def command_lines(name: str) -> list[str]:
 
 
 def psn_arguments(name: str) -> list[list[str]]:
-    """What follows `psn`, or `-m psn_train.train` as `train ...`, in every command that a document shows."""
+    """What follows `psn`, or as `train ...` what follows a launcher, in every command that a document shows."""
+    found = []
+    for words in shell_words(name):
+        if words[:1] == ["psn"]:
+            found.append(words[1:])
+        else:
+            recipe = [i for i, word in enumerate(words, 1) if f"-m {word} " in _TRAINS or f"{word} " in _TRAINS]
+            found += [["train", *words[i:]] for i in recipe[:1]]
+    return found
+
+
+def shell_words(name: str) -> list[list[str]]:
+    """The words of a document's commands that train or call `psn`, without variables that are set before them."""
     found = []
     for line in command_lines(name):
-        if not re.search(r"(^| )(psn |-m psn_train\.train )", line) or re.match(r"psn: ", line):
+        if re.match(r"psn: ", line) or not (re.search(r"(^| )psn ", line) or any(way in line for way in _TRAINS)):
             continue
         words = shlex.split(line, comments=True)
         while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
             words = words[1:]
-        if words[:1] == ["psn"]:
-            found.append(words[1:])
-        elif words[:2] == ["accelerate", "launch"]:
-            found.append(["train", *words[words.index("psn_train.train") + 1 :]])
+        found.append(words)
     return found
 
 
+@pytest.mark.parametrize("document", ["README.md", "docs/many_machines.md"])
+def test_launches_in_documents_parse(document):
+    """By accelerate's own parser, and with variables that the scripts know."""
+    from accelerate.commands.launch import launch_command_parser
+
+    launches = [words[2:] for words in shell_words(document) if words[:2] == ["accelerate", "launch"]]
+    for words in launches:
+        options = launch_command_parser().parse_args(words)
+        assert options.module and options.training_script == "psn_train.train"
+        assert options.config_file is None or (ROOT / options.config_file).exists()
+    assert len(launches) >= 4
+    for line in command_lines(document):
+        for script in ("launch/torchrun.sh", "launch/slurm/train.sbatch"):
+            if script in line:
+                for variable in re.findall(r"(?:^| )([A-Z_]+)=", line.split(script)[0]):
+                    assert f"${{{variable}:-" in read(script) or variable.endswith("_SOCKET_IFNAME"), line
+
+
 def test_set_up_is_two_commands():
-    targets = set(re.findall(r"^([a-z]+):", read("Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
     made = [block.strip() for block in blocks("README.md", "sh") if block.startswith("make ")]
     assert made == ["make demo", "make test"]
     assert {"demo", "test"} <= targets
     assert re.search(r"^make test$", read(".ci/run"), re.MULTILINE)
     for document in DOCUMENTS:
         for code in inline_code(document):
-            if match := re.fullmatch(r"make ([a-z]+)", code):
+            if match := re.fullmatch(r"make ([a-z-]+)", code):
                 assert match[1] in targets, f"{document}: {code}"
 
 

@@ -4,15 +4,14 @@ import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_same_run, metrics, weights
+from conftest import assert_same_run, engine_alone, metrics, weights
 
 from psn_train.recipe import check_recipe
 from psn_train.training.checkpoint import find_checkpoint, read_meta
-from psn_train.training.run import RunError
+from psn_train.training.run_folder import RunError
 
 STEPS = 19  # 3 epochs * 150 samples / batches of 24, rounded up
 
@@ -38,7 +37,9 @@ def test_a_run_from_beginning_to_end(small, capsys):
     assert [line["step"] for line in evaluations] == [7, 13, 19]
     assert all(line["count"] == 50 and line["unreadable"] == [] for line in evaluations)
     assert all(line["images_per_s"] > 0 and 0 <= line["data_wait"] <= 1 for line in training)
-    assert training[-1]["loss"] < training[0]["loss"]
+    losses = [line["loss"] for line in training]
+    # of two updates each; one such figure is mostly chance
+    assert sum(losses[-3:]) < sum(losses[:3]) - 0.1
     firing = evaluations[-1]["firing"]
     blocks = {f"layer{stage}.0.{sn}" for stage in (1, 2, 3, 4) for sn in ("sn1", "sn2")}
     assert set(firing) == {"sn1", *blocks, *(f"layer{stage}.0.downsample_sn" for stage in (2, 3, 4))}
@@ -240,9 +241,7 @@ def test_accumulation_equals_one_large_batch_without_batch_norm(small):
     from psn_train.data.stream import TrainStream
     from psn_train.recipe import make_plan
     from psn_train.training.build import build_model
-    from psn_train.training.engine import DataParallel
     from psn_train.training.inputs import TrainInputs
-    from psn_train.training.optim import build_optimizer
     from psn_train.training.step import Updater
 
     device, outcomes = torch.device("cpu"), []
@@ -253,10 +252,8 @@ def test_accumulation_equals_one_large_batch_without_batch_norm(small):
         assert plan.grad_accum_steps == 24 // bound
         torch.manual_seed(0)
         model = build_model(recipe, 10).double().eval()
-        optimizer = build_optimizer(model, recipe)
         inputs = TrainInputs(recipe, 10, device)
-        alone = SimpleNamespace(device=device, num_processes=1, prepare=lambda network: network)
-        engine = DataParallel(recipe, model, optimizer, alone)
+        engine = engine_alone(recipe, model)
         updater = Updater(
             recipe, plan, engine, lambda b, y, position, a=inputs: (a(b, y, position)[0].double(), y, None), device
         )

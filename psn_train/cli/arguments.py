@@ -43,6 +43,16 @@ def seconds(text: str) -> float:
     return value
 
 
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number above 0")
+    return value
+
+
 def sensor(text: str) -> tuple[int, int]:
     width, _, height = text.lower().partition("x")
     if not all(side.isdecimal() and int(side) > 0 for side in (width, height)):

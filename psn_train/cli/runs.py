@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from psn_train.cli.arguments import count
+from psn_train.cli.arguments import count, positive, seconds
 
 
 def add(verbs, verb) -> None:
@@ -19,7 +19,7 @@ def add(verbs, verb) -> None:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="such as optim.lr=0.05")
 
     evaluate = verb("eval", _eval, "evaluate a run, a checkpoint or a timm folder on shards")
-    evaluate.add_argument("checkpoint", help="a run's folder, a folder step_XXXXXXXX, or a timm folder")
+    evaluate.add_argument("checkpoint", help="a run's folder, a folder step_XXXXXXXX, a URL of one, or a timm folder")
     evaluate.add_argument("--shards", required=True, help="folder or URL of shards with an index.json")
     evaluate.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run")
     evaluate.add_argument(
@@ -38,10 +38,18 @@ def add(verbs, verb) -> None:
     recipe.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for editors")
     recipe.add_argument("--list", action="store_true", help="list the recipes that come with the package")
 
-    verb("doctor", _doctor, "versions, devices, backends; what is missing and what to do about it")
+    doctor = verb("doctor", _doctor, "versions, devices, backends; what is missing and what to do about it")
+    doctor.add_argument("recipe", nargs="?", help="with --distributed: the recipe and its shards are compared, too")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value")
+    doctor.add_argument("--distributed", action="store_true", help="all processes of a launch, compared and connected")
+    doctor.add_argument("--timeout", type=seconds, default=120.0, help="of each stage (default: %(default)g)")
+    doctor.add_argument(
+        "--megabytes", type=positive, default=64.0, help="of the timed all-reduce (default: %(default)g)"
+    )
+    doctor.add_argument("--ranks", metavar="RUN", help="show instead where each rank of a run is, from RUN/ranks")
 
     publish = verb("publish", _publish, "write a run's checkpoint as a folder in timm's hub format")
-    publish.add_argument("checkpoint", help="a run's folder or a folder step_XXXXXXXX")
+    publish.add_argument("checkpoint", help="a run's folder or a folder step_XXXXXXXX, or a URL of one")
     publish.add_argument("--to-folder", required=True, metavar="DIR")
     publish.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run")
 
@@ -165,7 +173,17 @@ def _train_shards(recipe) -> tuple[int | None, str, str | None]:
 
 
 def _doctor(options) -> int:
-    from psn_train.doctor import run_doctor
+    if options.distributed:
+        from psn_train.doctor.together import run_distributed
+
+        return run_distributed(options.recipe, options.overrides, timeout=options.timeout, megabytes=options.megabytes)
+    if options.recipe is not None:
+        raise ValueError("psn doctor looks at this machine alone; with a recipe give --distributed, under a launcher")
+    if options.ranks is not None:
+        from psn_train.doctor.ranks import show_ranks
+
+        return show_ranks(options.ranks)
+    from psn_train.doctor.machine import run_doctor
 
     return run_doctor()
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -18,36 +15,35 @@ import numpy as np
 from psn_train.data.companions import write_companions
 from psn_train.data.event_index import UNKNOWN, identity, split_of
 from psn_train.data.events.codec import VERSION, peek
+from psn_train.data.fetch import Patience, fetch_blocks
 from psn_train.data.image_files import IMAGE_EXTENSIONS
-from psn_train.data.index import INDEX_NAME, Shard, ShardError, ShardIndex, is_url, load_index, save_index
+from psn_train.data.index import INDEX_NAME, Shard, ShardError, ShardIndex, is_url, load_index, pack_crcs, save_index
 from psn_train.data.pool import Bar, run_jobs
 from psn_train.data.tar import HashingReader, walk_samples
 
 # fields of a sample's .json that hold its class, where there is no .cls
 JSON_LABELS = ("label", "cls", "class", "class_id", "target")
 _SHOWN = 5
+# with URLs and commands that fail
+PATIENCE = Patience()
 
 
-class _Checked:
-    """A response whose end is checked: http.client takes a cut connection for the end."""
+class _Stream:
+    """Blocks of bytes as a file that is read from its start to its end."""
 
-    def __init__(self, response, url: str):
-        self.response, self.url = response, url
-        length = response.headers.get("Content-Length")
-        self.left = int(length) if length is not None else None
+    def __init__(self, blocks: Iterator[bytes]):
+        self.blocks, self.rest = blocks, b""
 
     def read(self, size: int) -> bytes:
-        data = self.response.read(size)
-        if self.left is not None:
-            self.left -= len(data)
-            if not data and size and self.left > 0:
-                raise OSError(f"{self.url}: the connection ended {self.left} bytes early")
-        return data
+        """Up to `size` bytes, none at the end only."""
+        block = self.rest or next(self.blocks, b"")
+        self.rest = block[size:]
+        return block[:size]
 
 
 @contextlib.contextmanager
-def open_stream(url: str) -> Iterator[BinaryIO]:
-    """The bytes of a path, an http(s) URL, a `pipe:` command, or any other scheme that webdataset's `gopen` knows.
+def open_stream(url: str) -> Iterator[BinaryIO | _Stream]:
+    """The bytes of a path, or of a URL or a `pipe:` command through failures that pass: see `fetch`.
 
     Raises:
         OSError: it cannot be opened or ends early; a command that fails counts as that.
@@ -55,27 +51,9 @@ def open_stream(url: str) -> Iterator[BinaryIO]:
     if not is_url(url):
         with open(url, "rb") as file:
             yield file
-    elif url.startswith("pipe:"):
-        if os.environ.get("WDS_SECURE", "0") != "0":
-            raise OSError(f"{url}: WDS_SECURE forbids commands")
-        with subprocess.Popen(url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE) as process:
-            yield process.stdout
-            # whoever stops early breaks the pipe, and has a reason of his own
-            if process.stdout.read(1):
-                process.kill()
-            elif process.wait():
-                raise OSError(f"{url}: the command ended with status {process.returncode}")
-    elif url.startswith(("http://", "https://")):
-        try:
-            with urllib.request.urlopen(url, timeout=60) as response:
-                yield _Checked(response, url)
-        except urllib.error.URLError as error:
-            raise OSError(f"{url}: {error}") from error
     else:
-        from webdataset.gopen import gopen
-
-        with gopen(url) as stream:
-            yield stream
+        with contextlib.closing(fetch_blocks(url, PATIENCE)) as blocks:
+            yield _Stream(blocks)
 
 
 def index_shards(
@@ -254,7 +232,7 @@ def read_label(data: dict[str, bytes], places: dict[str, int] | None = None) -> 
 def _index_one(job: tuple, tick) -> tuple[Shard, np.ndarray, set[str], dict]:
     """One shard -> its entry in the index, samples of each class [K], the kinds of samples, totals of recordings."""
     url, name, places = job
-    offsets, labels, kinds, problems = [], [], set(), []
+    offsets, crcs, labels, kinds, problems = [], [], [], set(), []
     totals = {"sensors": set(), "events": 0, "bytes": 0}
     stop = 0
     try:
@@ -262,6 +240,8 @@ def _index_one(job: tuple, tick) -> tuple[Shard, np.ndarray, set[str], dict]:
             reader = HashingReader(stream)
             for sample in walk_samples(reader, name, lambda extension: extension in ("cls", "json", "events")):
                 kind = sample_kind(sample.sizes)
+                # of the sample before: this one's offset is where it ends
+                crcs.append(reader.crc32_to(sample.offset))
                 try:
                     if kind is None:
                         raise ValueError(f"no image and no .events among {', '.join(sorted(sample.sizes))}")
@@ -276,6 +256,7 @@ def _index_one(job: tuple, tick) -> tuple[Shard, np.ndarray, set[str], dict]:
                     problems.append(f"{sample.key}: {error}")
                 offsets.append(sample.offset)
                 stop = sample.stop
+            crcs.append(reader.crc32_to(stop))
             if rest := reader.drain():
                 raise ShardError(f"{name}: more follows the end of the archive ({rest[:16]!r} ...)")
     except OSError as error:
@@ -287,6 +268,6 @@ def _index_one(job: tuple, tick) -> tuple[Shard, np.ndarray, set[str], dict]:
             + "\n  ".join(problems[:_SHOWN])
             + more
         )
-    shard = Shard(name, len(offsets), reader.position, reader.digest.hexdigest(), [*offsets, stop])
+    shard = Shard(name, len(offsets), reader.position, reader.digest.hexdigest(), [*offsets, stop], pack_crcs(crcs[1:]))
     tick(1)
     return shard, np.bincount(np.asarray(labels, dtype=np.int64)), kinds, totals

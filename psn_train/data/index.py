@@ -5,22 +5,30 @@ number of samples, the size, the sha256 and the byte offset of every sample, so 
 
 - counts are exact and known before a byte of a shard is read;
 - a sample is read by one `pread`, and a resumed run reads nothing that was seen before;
-- `psn shards verify` can tell a flipped byte from a whole file.
+- `psn shards verify` can tell a flipped byte from a whole file, and training does so of every sample that it reads.
 
 A sample is what webdataset takes for one: the consecutive tar members whose names agree up to the first dot.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
+from psn_train.data.fetch import FetchError, Patience, fetch_bytes
+
 FORMAT = "psn_train.shards/1"
 INDEX_NAME = "index.json"
+_FETCHES = 3
+_ANEW = "Make it anew with `psn shards index`."
 
 
 class ShardError(ValueError):
@@ -44,6 +52,19 @@ class Shard:
     num_bytes: int
     sha256: str
     offsets: list[int]
+    # CRC-32 (zlib's) of the bytes of each sample, from its offset to the next: see `pack_crcs`; none in older indices
+    crc32: str | None = None
+
+    def crcs(self) -> np.ndarray | None:
+        """uint32 [num_samples], or None where the index has none."""
+        if self.crc32 is None:
+            return None
+        return np.frombuffer(base64.b64decode(self.crc32), "<u4")
+
+
+def pack_crcs(crcs: Sequence[int]) -> str:
+    """CRC-32 of samples as an index has them: base64 of little-endian uint32."""
+    return base64.b64encode(np.asarray(crcs, "<u4").tobytes()).decode()
 
 
 @dataclass(frozen=True)
@@ -89,7 +110,7 @@ def save_index(index: ShardIndex, folder: str | os.PathLike) -> Path:
     document = {"format": FORMAT, "num_samples": index.num_samples, "num_bytes": index.num_bytes, **asdict(index)}
     del document["location"]
     # one line a shard: greppable, and a diff of two indices is readable
-    shards = document.pop("shards")
+    shards = [{k: v for k, v in shard.items() if v is not None} for shard in document.pop("shards")]
     text = json.dumps(document, indent=1)[:-2] + ',\n "shards": [\n'
     text += ",\n".join("  " + json.dumps(shard, separators=(",", ":")) for shard in shards) + "\n ]\n}\n"
     path = Path(folder) / INDEX_NAME
@@ -118,11 +139,22 @@ def _advice(where: str) -> str:
     )
 
 
-def load_index(where: str | os.PathLike) -> ShardIndex:
+def _fetch_json(url: str, patience: Patience) -> bytes:
+    """An index has no checksum: one that a server or a proxy cut, its length included, shows by being no JSON."""
+    for _ in range(_FETCHES):
+        text = fetch_bytes(url, patience)
+        with contextlib.suppress(ValueError):
+            json.loads(text)
+            break
+    return text
+
+
+def load_index(where: str | os.PathLike, patience: Patience | None = None) -> ShardIndex:
     """Read the index of a folder of shards.
 
     Args:
-        where: the folder, its `index.json`, or the URL of either (http, https or any scheme of webdataset's `gopen`).
+        where: the folder, its `index.json`, or the URL of either (http, https and what else `fetch` knows).
+        patience: with a failing URL.
 
     Raises:
         NoShards: there is none.
@@ -131,13 +163,9 @@ def load_index(where: str | os.PathLike) -> ShardIndex:
     where = os.fspath(where)
     url = where if where.endswith(".json") else where.rstrip("/") + "/" + INDEX_NAME
     try:
-        if is_url(url):
-            from webdataset.gopen import gopen
-
-            with gopen(url) as stream:
-                text = stream.read()
-        else:
-            text = Path(url).read_bytes()
+        text = _fetch_json(url, patience or Patience()) if is_url(url) else Path(url).read_bytes()
+    except FetchError as error:
+        raise NoShards(f"no shards at {where}: {error}. An index is what `psn shards` writes beside them.") from error
     except (OSError, ValueError) as error:
         raise NoShards(f"no shards at {where}: {url} cannot be read ({error}). {_advice(where)}") from error
     try:
@@ -156,12 +184,12 @@ def load_index(where: str | os.PathLike) -> ShardIndex:
     except ShardError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(
-            f"{url} is not an index of shards: {error!r}. Make it anew with `psn shards index`."
-        ) from error
+        raise ShardError(f"{url} is not an index of shards: {error!r}. {_ANEW}") from error
     for shard in index.shards:
         if len(shard.offsets) != shard.num_samples + 1 or sorted(shard.offsets) != shard.offsets:
             raise ShardError(f"{url}: {shard.name} states {shard.num_samples} samples but {len(shard.offsets)} offsets")
+        if shard.crc32 is not None and len(shard.crc32) != -(-4 * shard.num_samples // 3) * 4:
+            raise ShardError(f"{url}: {shard.name} has not as many CRC-32 as samples. {_ANEW}")
     if index.num_samples != document["num_samples"]:
         raise ShardError(
             f"{url}: states {document['num_samples']} samples in all, its shards add up to {index.num_samples}"

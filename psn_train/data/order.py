@@ -1,19 +1,25 @@
-"""The order of training: a function of (seed, epoch) and of nothing else; and which samples are held out of it.
+"""The order of training: a function of (seed, epoch, global batch) and of nothing else; and which samples are held out.
 
 Sample ids count through the index: 0 to num_samples - 1, shard after shard. `epoch_order` permutes them; the training
 stream is the orders of epoch 0, 1, 2, ... one after another, and global batch `g` is its positions
-[g * G, (g + 1) * G). Hence every batch is full, ranks always have equally many, every sample occurs exactly once an
+[g * G, (g + 1) * G). Hence every batch is full, every sample occurs exactly once an
 epoch, a batch may span two epochs, and the state of the stream is one number: samples_seen. Neither ranks nor workers
 enter, so a run goes on under another world size with the same batches.
 
-Samples that are held out for validation are left out of each epoch's order, which stays as it is otherwise. Which they
-are is a function of their number, a seed of their own and the number of all samples: runs of other seeds share them.
+Samples that are held out for validation are left out of each epoch's order. Which they are is a function of their
+number, a seed of their own and the number of all samples: runs of other seeds share them.
 
 Two shuffles:
 - `full`: a permutation of all samples, what a map-style data set with a random sampler gives. Reads are random.
-- `shards`: the shards are permuted, and the samples within each shard; the resulting sequence is cut into `streams`
-  equal parts that are read side by side, one sample from each in turn. A batch so mixes as many shards as there are
-  streams, and each stream reads one shard at a time: shards from a URL are fetched once and by turns.
+- `shards`: the shards are permuted, and the samples within each shard; the resulting sequence, without what is held
+  out, is cut into `streams` parts that are read side by side: position p of the endless stream belongs to stream
+  p % streams. A batch so mixes as many shards as there are streams, and each stream reads one shard at a time.
+
+Within a global batch of `shards` the samples stand stream by stream. A rank's share is a contiguous part of each batch,
+so where the batch is a multiple of the streams, and the streams one of the nodes, every stream belongs to one node, at
+the borders of epochs, too, and a node needs the shards of its own streams alone. A cut between two streams may fall
+into a shard, which both then need: at most one for each cut, and at about the same time, since every second stream
+is read backwards. Of these cuts one less than there are nodes lie between two nodes.
 """
 
 from __future__ import annotations
@@ -21,6 +27,9 @@ from __future__ import annotations
 import functools
 
 import numpy as np
+
+# a run that was begun under another order is not continued: it would see some samples twice in an epoch, others never
+VERSION = 2
 
 
 @functools.lru_cache(maxsize=2)
@@ -53,16 +62,8 @@ def _epoch_order(
         order = rng.permutation(total)
     elif shuffle == "shards":
         first = np.concatenate([[0], np.cumsum(shard_sizes)])
-        sequence = np.concatenate(
-            [first[shard] + rng.permutation(shard_sizes[shard]) for shard in rng.permutation(len(shard_sizes))]
-        )
-        streams = max(1, min(streams, total))
-        length = total // streams
-        # [streams, length] read column by column; the remainder of each stream's share comes last
-        ends = (np.arange(streams + 1) * total) // streams
         order = np.concatenate(
-            [sequence[ends[:-1, None] + np.arange(length)].T.reshape(-1)]
-            + [sequence[ends[s] + length : ends[s + 1]] for s in range(streams)]
+            [first[shard] + rng.permutation(shard_sizes[shard]) for shard in rng.permutation(len(shard_sizes))]
         )
     else:
         raise ValueError(f"shuffle: got {shuffle!r}, wanted 'full' or 'shards'")
@@ -70,7 +71,26 @@ def _epoch_order(
         trained_on = np.ones(total, dtype=bool)
         trained_on[held_out_ids(total, hold_out, hold_out_seed)] = False
         order = order[trained_on[order]]
+    if shuffle == "shards":
+        order = _side_by_side(order, epoch, streams)
     order.setflags(write=False)
+    return order
+
+
+def _side_by_side(sequence: np.ndarray, epoch: int, streams: int) -> np.ndarray:
+    """Cut an epoch's sequence into streams, and take from them in turns."""
+    total = len(sequence)
+    # the turn goes on where the epoch before ended: any `streams` positions in a row are one of each stream
+    turns = np.arange(epoch * total, (epoch + 1) * total) % streams
+    lengths = np.bincount(turns, minlength=streams)
+    order = np.empty_like(sequence)
+    stop = 0
+    for stream, length in enumerate(lengths.tolist()):
+        part = sequence[stop : stop + length]
+        stop += length
+        # two streams that share a shard both begin or both end with it
+        start = (stream - epoch * total) % streams
+        order[start::streams] = part[::-1] if stream % 2 else part
     return order
 
 
@@ -84,7 +104,7 @@ def epoch_order(
     hold_out: int = 0,
     hold_out_seed: int = 0,
 ) -> np.ndarray:
-    """Sample ids of one epoch in the order of training.
+    """Sample ids of one epoch in the order of training, but for their places within a batch: see `stream_positions`.
 
     Args:
         shard_sizes: samples of each shard.
@@ -104,6 +124,7 @@ def stream_positions(
     count: int,
     shard_sizes: tuple[int, ...],
     *,
+    global_batch_size: int,
     seed: int,
     shuffle: str,
     streams: int,
@@ -112,11 +133,15 @@ def stream_positions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What stands at the positions [start, start + count) of the endless training stream.
 
+    Under `shards` the samples of a global batch stand stream by stream.
+
     Returns:
         (epochs, sample ids), int64 [count] each.
     """
     total = sum(shard_sizes) - hold_out
     positions = np.arange(start, start + count)
+    if shuffle == "shards":
+        positions = _stream_by_stream(start, count, global_batch_size, streams)
     epochs = positions // total
     ids = np.empty(count, dtype=np.int64)
     for epoch in np.unique(epochs):
@@ -132,3 +157,11 @@ def stream_positions(
         )
         ids[here] = order[positions[here] % total]
     return epochs, ids
+
+
+def _stream_by_stream(start: int, count: int, batch: int, streams: int) -> np.ndarray:
+    """Positions of the interleaved stream that stand at [start, start + count) of the arranged one, int64 [count]."""
+    begin, end = start // batch * batch, -(-(start + count) // batch) * batch
+    whole = np.arange(begin, end).reshape(-1, batch)
+    places = np.argsort(whole % streams, axis=1, kind="stable")
+    return np.take_along_axis(whole, places, axis=1).reshape(-1)[start - begin : start - begin + count]

@@ -1,22 +1,20 @@
 """Single samples out of shards: one `pread` of the bytes that the index names.
 
-Shards of URLs (`http:`, `pipe:`, whatever webdataset's `gopen` knows) are fetched whole, once a node, into a cache
-folder of bounded size, and checked against the index before they are used.
+Shards of URLs are fetched whole, once a node, into a cache of bounded size: see `cache` and `fetch`. Every sample is
+checked against its CRC-32 in the index, so that a byte that changed in the middle of a run is not trained on.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
-import fcntl
-import hashlib
 import io
 import os
 import tarfile
-from pathlib import Path
+import zlib
 
 import numpy as np
 
+from psn_train.data.cache import ShardCache
 from psn_train.data.index import Shard, ShardError, ShardIndex, is_url
 
 _OPEN_FILES = 128
@@ -25,11 +23,19 @@ _OPEN_FILES = 128
 class SampleReader:
     """Reads samples by id. Cheap to pickle; opens its files in the process that reads."""
 
-    def __init__(self, index: ShardIndex, cache_dir: str | os.PathLike | None = None, cache_bytes: float = 1e11):
+    def __init__(self, index: ShardIndex, cache: ShardCache | None = None, held_out: np.ndarray | None = None):
+        """
+        Args:
+            cache: where shards of URLs are kept; those of local files need none.
+            held_out: int64 [n], ascending ids of samples that are evaluated again and again: the cache keeps these
+                when it removes their shard.
+        """
         self.index = index
         self.first_ids = np.concatenate([[0], np.cumsum([shard.num_samples for shard in index.shards])])
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self.cache_bytes = cache_bytes
+        self.crcs = [shard.crcs() for shard in index.shards]
+        self.cache = cache
+        self.held_out = np.zeros(0, np.int64) if held_out is None else held_out
+        self.has_remote = any(self.remote_url(number) is not None for number in range(len(index.shards)))
         # foreign shards may name their classes instead of counting them
         self.places = {name: number for number, name in enumerate(index.classes)}
         self._files: collections.OrderedDict[int, int] = collections.OrderedDict()
@@ -55,40 +61,138 @@ class SampleReader:
         """The members of one sample by extension, and its `__key__`.
 
         Raises:
-            ShardError: the shard is missing or shorter than its index says, or the bytes there are no tar members.
+            ShardError: the shard is missing, shorter than its index says or cannot be fetched, or the bytes there are
+                not those that the index is of, or no tar members.
         """
         shard_number, position = self.locate(sample_id)
-        shard = self.index.shards[shard_number]
-        start, stop = shard.offsets[position], shard.offsets[position + 1]
-        raw = os.pread(self._open(shard_number, shard), stop - start, start)
-        if len(raw) != stop - start:
-            raise ShardError(
-                f"{self.name(sample_id)}: the shard ends at byte {start + len(raw)}, its index wants {shard.num_bytes}"
-            )
+        raw = self._held_bytes(shard_number, position)
+        if raw is not None:
+            return parse_sample(raw, self.name(sample_id))
+        try:
+            raw = self._bytes(shard_number, position)
+        except _Changed:
+            if self.remote_url(shard_number) is None:
+                raise
+            # the copy on this disk: another is fetched
+            self.forget(shard_number)
+            self.cache.path_of(self.index.shards[shard_number]).unlink(missing_ok=True)
+            raw = self._bytes(shard_number, position)
         return parse_sample(raw, self.name(sample_id))
+
+    def _held(self, shard_number: int) -> list[int]:
+        """Positions of the samples of a shard that are held out."""
+        first, stop = self.first_ids[shard_number : shard_number + 2]
+        low, high = np.searchsorted(self.held_out, (first, stop))
+        return (self.held_out[low:high] - first).tolist()
+
+    def has_held(self, shard_number: int) -> bool:
+        """Whether the cache has the held-out samples of a shard apart, so that these need no shard."""
+        return (
+            len(self.held_out) > 0
+            and self.remote_url(shard_number) is not None
+            and self.cache is not None
+            and self.cache.held_path(self.index.shards[shard_number], self._held(shard_number)).exists()
+        )
+
+    def _held_bytes(self, shard_number: int, position: int) -> bytes | None:
+        """A held-out sample that the cache keeps apart; None where it has none, or a damaged one."""
+        if not len(self.held_out) or self.cache is None or position not in (held := self._held(shard_number)):
+            return None
+        shard = self.index.shards[shard_number]
+        sizes = [shard.offsets[place + 1] - shard.offsets[place] for place in held]
+        place = held.index(position)
+        try:
+            with open(self.cache.held_path(shard, held), "rb") as file:
+                file.seek(sum(sizes[:place]))
+                raw = file.read(sizes[place])
+        except OSError:
+            return None
+        crcs = self.crcs[shard_number]
+        whole = len(raw) == sizes[place] and (crcs is None or zlib.crc32(raw) == crcs[position])
+        return raw if whole else None
+
+    def _bytes(self, shard_number: int, position: int) -> bytes:
+        shard = self.index.shards[shard_number]
+        where = f"{shard.name}[{position}]"
+        start, stop = shard.offsets[position], shard.offsets[position + 1]
+        file = self._open(shard_number, shard)
+        try:
+            raw = os.pread(file, stop - start, start)
+            deleted = not os.fstat(file).st_nlink
+        except OSError as error:
+            self.forget(shard_number)
+            raise ShardError(f"{where}: shard {self.index.shard_url(shard)} cannot be read: {error}") from error
+        # a shard that the cache has removed is whole as long as it is open
+        if deleted and self.remote_url(shard_number) is None:
+            self.forget(shard_number)
+            raise ShardError(
+                f"{where}: shard {self.index.shard_url(shard)} was deleted or replaced while it was read. "
+                "Put it back; `psn shards verify` tells whether it is the same."
+            )
+        if len(raw) != stop - start:
+            raise ShardError(f"{where}: the shard ends at byte {start + len(raw)}, its index wants {shard.num_bytes}")
+        crcs = self.crcs[shard_number]
+        if crcs is not None and (crc := zlib.crc32(raw)) != crcs[position]:
+            raise _Changed(
+                f"{where}: its bytes changed since the index was made (CRC-32 {crc:08x}, the index says "
+                f"{int(crcs[position]):08x}): shard {self.index.shard_url(shard)} is damaged or another one. "
+                "`psn shards verify` names all that is; put a whole copy there."
+            )
+        return raw
+
+    def forget(self, shard_number: int) -> None:
+        """Close a shard's file, so that it is looked for anew."""
+        file = self._files.pop(shard_number, None)
+        if file is not None:
+            os.close(file)
+
+    def remote_url(self, shard_number: int) -> str | None:
+        """The URL or command that a shard is fetched by; None for local files."""
+        url = self.index.shard_url(self.index.shards[shard_number])
+        return url if is_url(url) and not url.startswith("file://") else None
+
+    def fetch(self, shard_number: int) -> str:
+        """The path of a shard's local copy, fetched if there is none.
+
+        Raises:
+            ShardError: it cannot be fetched, or there is no cache.
+        """
+        shard, url = self.index.shards[shard_number], self.remote_url(shard_number)
+        if url is None:
+            return self.index.shard_url(shard).removeprefix("file://")
+        if self.cache is None:
+            raise ShardError(f"{url}: shards of URLs need a cache folder; set data.cache_dir")
+        path = self.cache.fetch(url, shard)
+        if held := self._held(shard_number):
+            self.cache.keep(shard, held)
+        return str(path)
 
     def _open(self, shard_number: int, shard: Shard) -> int:
         file = self._files.pop(shard_number, None)
         if file is None:
-            path = self._local_path(shard)
-            try:
-                file = os.open(path, os.O_RDONLY)
-            except OSError as error:
-                raise ShardError(f"shard {path} cannot be opened: {error}. See `psn shards verify`.") from error
+            file = self._open_anew(shard_number)
             while len(self._files) >= _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
         self._files[shard_number] = file
         return file
 
-    def _local_path(self, shard: Shard) -> str:
-        url = self.index.shard_url(shard)
-        if not is_url(url):
-            return url
-        if url.startswith("file://"):
-            return url.removeprefix("file://")
-        if self.cache_dir is None:
-            raise ShardError(f"{url}: shards of URLs need a cache folder; set data.cache_dir")
-        return str(fetch_shard(url, shard, self.cache_dir, self.cache_bytes))
+    def _open_anew(self, shard_number: int) -> int:
+        # what the cache has removed takes room on the disk as long as it is open
+        for number in [number for number, file in self._files.items() if not os.fstat(file).st_nlink]:
+            self.forget(number)
+        remote = self.remote_url(shard_number) is not None
+        # the cache may remove it before it is open, if hardly
+        for _ in range(3 if remote else 1):
+            path = self.fetch(shard_number)
+            try:
+                return os.open(path, os.O_RDONLY)
+            except OSError as error:
+                last = error
+        raise ShardError(f"shard {path} cannot be opened: {last}. See `psn shards verify`.") from last
+
+
+class _Changed(ShardError):
+    """Bytes of a sample are not those that the index was made of."""
 
 
 def parse_sample(raw: bytes, where: str) -> dict[str, bytes | str]:
@@ -108,55 +212,3 @@ def parse_sample(raw: bytes, where: str) -> dict[str, bytes | str]:
     if not sample:
         raise ShardError(f"{where}: no tar members where the index has a sample")
     return sample
-
-
-def fetch_shard(url: str, shard: Shard, cache_dir: Path, cache_bytes: float) -> Path:
-    """The local copy of a shard of a URL; fetched whole, checked and renamed if there is none.
-
-    Raises:
-        ShardError: what came is not what the index says.
-    """
-    from webdataset.gopen import gopen
-
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    path = cache_dir / f"{shard.sha256[:16]}.tar"
-    # one process of a node fetches, the others wait for it
-    with open(cache_dir / f".{path.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
-            os.utime(path)
-            return path
-        _make_room(cache_dir, shard.num_bytes, cache_bytes)
-        aside = cache_dir / f".{path.name}.{os.getpid()}.tmp"
-        digest = hashlib.sha256()
-        try:
-            with gopen(url) as stream, open(aside, "wb") as file:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-                    file.write(block)
-            size = aside.stat().st_size
-            if size != shard.num_bytes or digest.hexdigest() != shard.sha256:
-                raise ShardError(
-                    f"{url}: got {size} bytes with sha256 {digest.hexdigest()[:16]}..., "
-                    f"the index wants {shard.num_bytes} with {shard.sha256[:16]}..."
-                )
-            os.replace(aside, path)
-        except (OSError, ValueError) as error:
-            if isinstance(error, ShardError):
-                raise
-            raise ShardError(f"{url} cannot be fetched: {error}") from error
-        finally:
-            aside.unlink(missing_ok=True)
-    return path
-
-
-def _make_room(cache_dir: Path, wanted: int, bound: float) -> None:
-    """Delete the shards that were used longest ago. Readers that hold one open keep it until they close it."""
-    cached = sorted(cache_dir.glob("*.tar"), key=lambda path: path.stat().st_mtime)
-    total = sum(path.stat().st_size for path in cached) + wanted
-    for path in cached:
-        if total <= bound:
-            break
-        with contextlib.suppress(FileNotFoundError):
-            total -= path.stat().st_size
-            path.unlink()

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from psn_train.data.batched_augment import augment_images, draw, to_device
 from psn_train.data.images import fit_transform
 from psn_train.data.index import ShardError
+from psn_train.data.progress import note_progress
 from psn_train.data.reader import SampleReader
 from psn_train.data.stream import Batch, EvalStream, TrainStream, make_loader
 from psn_train.recipe import Plan, Recipe
@@ -70,6 +71,7 @@ class ResidentImages:
             here = slice(int(batch.ids[0]), int(batch.ids[-1]) + 1)
             images[here], targets[here] = batch.inputs, batch.targets
             self.keys += batch.keys
+            note_progress()
             self.bad.update(zip(batch.ids[batch.targets.numpy() < 0].tolist(), batch.bad, strict=True))
         allowed = recipe.data.max_bad_samples
         if len(self.bad) > allowed:
@@ -146,7 +148,7 @@ class ResidentTrainStream(TrainStream):
 
 
 class ResidentEvalStream(EvalStream):
-    """Item `i` is batch `rank + i * world_size` of the samples in the index's order, on the device."""
+    """Item `i` is batch `i` of this rank, of the samples in the index's order, on the device."""
 
     block_size = 1
 

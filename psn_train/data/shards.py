@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from psn_train.data.events import REPAIRS
 from psn_train.data.events.codec import peek
 from psn_train.data.foreign import index_shards
 from psn_train.data.image_files import BadImage, claimed_kind, prepare_image
-from psn_train.data.index import Shard, ShardError, ShardIndex, save_index
+from psn_train.data.index import Shard, ShardError, ShardIndex, pack_crcs, save_index
 from psn_train.data.pool import Bar, run_jobs
 from psn_train.data.resume import STATE, check_skipped, finished_shards, guard_disk, lock_folder, save_json, sync_folder
 from psn_train.data.sources import Source
@@ -210,7 +211,7 @@ def _write_shard(job: _Job, tick: Callable[[int], None]) -> dict:
     path = os.path.join(job.folder, job.name)
     aside = os.path.join(job.folder, f".{job.name}.tmp")
     digest = hashlib.sha256()
-    offsets = [0]
+    offsets, crcs = [0], []
     remarks: dict = {}
     with guard_disk(path, aside):
         with open(aside, "wb", buffering=1 << 20) as file:
@@ -230,17 +231,19 @@ def _write_shard(job: _Job, tick: Callable[[int], None]) -> dict:
                     remarks.setdefault("skipped", {})[key] = text
                 else:
                     sample["cls"] = str(label).encode()
-                    at = offsets[-1]
+                    at, crc = offsets[-1], 0
                     for extension in sorted(sample):
-                        at += put(tar_member(f"{key}.{extension}", sample[extension]))
+                        member = tar_member(f"{key}.{extension}", sample[extension])
+                        at, crc = at + put(member), zlib.crc32(member, crc)
                     offsets.append(at)
+                    crcs.append(crc)
                 if done % 50 == 0:
                     tick(50)
             tick(len(job.samples) % 50)
             size = offsets[-1] + put(tar_end(offsets[-1]))
             file.flush()
             os.fsync(file.fileno())
-        shard = Shard(job.name, len(offsets) - 1, size, digest.hexdigest(), offsets)
+        shard = Shard(job.name, len(offsets) - 1, size, digest.hexdigest(), offsets, pack_crcs(crcs))
         record = {"shard": asdict(shard), "remarks": remarks}
         # the record first: a shard that has its name is never written again
         save_json(os.path.join(job.folder, STATE, job.name + ".json"), record)

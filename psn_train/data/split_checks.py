@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from psn_train.data.event_index import check_kind, check_one_split, check_same_sensor, split_of
+from psn_train.data.fetch import Patience
 from psn_train.data.index import NoShards, ShardError, ShardIndex, load_index
 from psn_train.recipe import Recipe, held_out_samples
 from psn_train.recipe.rules import SAME_SHARDS
@@ -45,7 +46,8 @@ def load_splits(recipe: Recipe, *, absent: dict[str, NoShards] | None = None) ->
 
 
 def _load(recipe: Recipe, split: str) -> ShardIndex:
-    index = load_index(getattr(recipe.data, split))
+    patience = Patience(recipe.data.fetch_attempts, recipe.data.fetch_stall_s)
+    index = load_index(getattr(recipe.data, split), patience)
     check_kind(index, recipe, f"data.{split}")
     check_counts(index, getattr(recipe.data, f"{split}_samples"), f"data.{split}_samples")
     return index

@@ -1,8 +1,8 @@
 """Shards -> batches of uint8 images or of packed recordings, for training and for evaluation.
 
 Training: micro-batch `m` of a rank is a function of the recipe and of `m`, so a loader starts anywhere without reading
-what came before. Evaluation: batch `b` belongs to rank `b % world_size`; every sample is seen exactly once. Samples
-that are held out of the training shards are never trained on, and are evaluated as validation shards would be.
+what came before. Evaluation: each rank has consecutive batches; every sample is seen exactly once. Samples that are
+held out of the training shards are never trained on, and are evaluated as validation shards would be.
 
 A sample that cannot be read is named in the batch's `bad` list. Its place is taken by a copy of the next good sample of
 the micro-batch (training) or by an image of zeros, a recording without events, of no class (evaluation).
@@ -11,13 +11,20 @@ the micro-batch (training) or by an image of zeros, a recording without events, 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import faulthandler
+import functools
+import signal
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from psn_train.data import decoders
+from psn_train.data.ahead import FetchAhead, Need, lag_of, shard_needs
 from psn_train.data.event_stream import EventSamples
 from psn_train.data.frames.batched import PackedEvents
 from psn_train.data.images import (
@@ -31,9 +38,13 @@ from psn_train.data.images import (
 from psn_train.data.index import ShardError
 from psn_train.data.memory import keep_freed_memory
 from psn_train.data.order import stream_positions
+from psn_train.data.progress import adopt_progress, progress_place
 from psn_train.data.reader import SampleReader
 from psn_train.data.sources.source import named_error
 from psn_train.recipe import Plan, Recipe
+
+# items that a decoding process has before it
+PREFETCH = 4
 
 
 @dataclass
@@ -91,8 +102,40 @@ def open_samples(recipe: Recipe, reader: SampleReader, *, training: bool) -> Ima
     return kind(recipe, reader, training)
 
 
-class TrainStream(Dataset):
+class ShardStream(Dataset):
+    """What streams share: shards of URLs are fetched ahead, by the first of the processes that read a stream."""
+
+    reader: SampleReader
+    claims: bool
+    _ahead: FetchAhead | None = None
+
+    def needs(self, item: int) -> Iterator[list[Need]]:
+        """The shards that items from `item` on are read from, in parts."""
+        raise NotImplementedError
+
+    def look_ahead(self, item: int) -> None:
+        """To be called before an item is read."""
+        if not self.reader.has_remote:
+            return
+        info = get_worker_info()
+        if info is not None and info.id:
+            return
+        if self._ahead is not None and item < self._ahead.item:
+            self._ahead.close()
+            self._ahead = None
+        if self._ahead is None:
+            lag = lag_of(0 if info is None else info.num_workers, PREFETCH)
+            self._ahead = FetchAhead(self.reader, self.needs(item), lag=lag, claims=self.claims)
+        self._ahead.advance(item)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != "_ahead"}
+
+
+class TrainStream(ShardStream):
     """Item `m` is micro-batch `m` of this rank, counted from the start of training."""
+
+    claims = True
 
     def __init__(self, recipe: Recipe, plan: Plan, reader: SampleReader, rank: int):
         self.recipe, self.plan, self.reader, self.rank = recipe, plan, reader, rank
@@ -104,11 +147,16 @@ class TrainStream(Dataset):
 
     def positions(self, micro_step: int) -> tuple[np.ndarray, np.ndarray]:
         """(epochs, sample ids) of a micro-batch, int64 [its size] each."""
-        data, taken = self.recipe.data, self.plan.micro_batch(self.rank, micro_step)
+        taken = self.plan.micro_batch(self.rank, micro_step)
+        return self._stand_at(taken.start, len(taken))
+
+    def _stand_at(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        data = self.recipe.data
         return stream_positions(
-            taken.start,
-            len(taken),
+            start,
+            count,
             self.shard_sizes,
+            global_batch_size=self.plan.global_batch_size,
             seed=self.recipe.seed,
             shuffle=data.shuffle,
             streams=data.streams,
@@ -116,7 +164,21 @@ class TrainStream(Dataset):
             hold_out_seed=data.hold_out_seed,
         )
 
+    def needs(self, item: int) -> Iterator[list[Need]]:
+        """A part ends with the update that ends an epoch."""
+        plan = self.plan
+        steps, samples, batch = plan.grad_accum_steps, plan.train_samples, plan.global_batch_size
+        while item < len(self):
+            step = item // steps
+            stop = min(plan.total_steps, -(-(step * batch // samples + 1) * samples // batch))
+            _, ids = self._stand_at(step * batch, (stop - step) * batch)
+            taken = [plan.micro_batch(self.rank, number) for number in range(item, stop * steps)]
+            own = [ids[micro.start - step * batch : micro.stop - step * batch] for micro in taken]
+            yield shard_needs(self.reader, own, item)
+            item = stop * steps
+
     def __getitem__(self, micro_step: int) -> Batch:
+        self.look_ahead(micro_step)
         epochs, ids = self.positions(micro_step)
         samples, targets, keys, bad = [], [], [], []
         for epoch, sample_id in zip(epochs.tolist(), ids.tolist(), strict=True):
@@ -138,8 +200,13 @@ class TrainStream(Dataset):
         return Batch(self.samples.stack(samples), torch.tensor(targets), ids, epochs, keys, bad)
 
 
-class EvalStream(Dataset):
-    """Item `i` is batch `rank + i * world_size` of the samples `ids`, int64 [num_samples]; by default all."""
+class EvalStream(ShardStream):
+    """Item `i` is batch `first + i` of the samples `ids`, int64 [num_samples]; by default all.
+
+    Ranks have consecutive batches, so that each needs shards of its own.
+    """
+
+    claims = False
 
     def __init__(
         self,
@@ -160,16 +227,25 @@ class EvalStream(Dataset):
         """Over all ranks."""
         return len(self.ids)
 
-    def __len__(self) -> int:
+    def _batches(self) -> range:
+        """Those of this rank."""
         batches = -(-self.num_samples // self.batch_size)
-        return len(range(self.rank, batches, self.world_size))
+        most = -(-batches // self.world_size)
+        return range(self.rank * most, (self.rank + 1) * most)[: max(0, batches - self.rank * most)]
+
+    def __len__(self) -> int:
+        return len(self._batches())
 
     def ids_of(self, item: int) -> np.ndarray:
         """Samples of a batch, int64."""
-        start = (self.rank + item * self.world_size) * self.batch_size
+        start = self._batches()[item] * self.batch_size
         return self.ids[start : start + self.batch_size]
 
+    def needs(self, item: int) -> Iterator[list[Need]]:
+        yield shard_needs(self.reader, [self.ids_of(number) for number in range(item, len(self))], item)
+
     def __getitem__(self, item: int) -> Batch:
+        self.look_ahead(item)
         ids = self.ids_of(item)
         samples, targets, keys, bad = [], [], [], []
         for sample_id in ids.tolist():
@@ -184,10 +260,18 @@ class EvalStream(Dataset):
         return Batch(self.samples.stack(samples), torch.tensor(targets), ids, np.zeros_like(ids), keys, bad)
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(progress: str | None, worker: int) -> None:
+    decoders.leave_group()
+    decoders.end_with_trainer()
     # a decoding process with as many threads as cores fights the others for them
     torch.set_num_threads(1)
     keep_freed_memory()
+    adopt_progress(progress)
+    # a rank that finds its loader stuck asks where; see training/watch.py
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
+    with contextlib.suppress(AttributeError):
+        # PR_SET_PDEATHSIG, on Linux: one that is stuck would not notice that its rank was killed
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
 def make_loader(
@@ -198,6 +282,8 @@ def make_loader(
     Args:
         keep_workers: the processes outlive an iteration, for a loader that is gone through again and again.
     """
+    if workers:
+        decoders.start_server()
     # said at each start of more processes than cores, which do no harm
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
     return DataLoader(
@@ -205,10 +291,11 @@ def make_loader(
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         pin_memory=pin_memory,
         persistent_workers=keep_workers and workers > 0,
-        worker_init_fn=_one_thread,
+        worker_init_fn=functools.partial(_start_worker, progress_place()),
+        multiprocessing_context=decoders.METHOD if workers else None,
         # else every start of a loader would draw from the global generator, and a resumed run would go on otherwise
         generator=torch.Generator(),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -46,12 +47,14 @@ def tar_end(position: int) -> bytes:
 
 
 class HashingReader:
-    """Reads a stream from its first to its last byte; knows the position and the sha256."""
+    """Reads a stream from its first to its last byte; knows the position and the sha256, and CRC-32 of parts."""
 
     def __init__(self, stream: BinaryIO):
         self.stream = stream
         self.position = 0
         self.digest = hashlib.sha256()
+        # what was read since the last `crc32_to`
+        self._kept: list[bytes] = []
 
     def read(self, size: int) -> bytes:
         """The next `size` bytes, fewer only at the end of the stream."""
@@ -61,16 +64,25 @@ class HashingReader:
             size -= len(part)
             self.position += len(part)
             self.digest.update(part)
+            self._kept.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def skip(self, size: int) -> None:
         while size > 0 and (part := self.read(min(size, 1 << 20))):
             size -= len(part)
 
+    def crc32_to(self, position: int) -> int:
+        """CRC-32 (zlib's) of the bytes since the last call, or since the first byte, up to `position`."""
+        kept = b"".join(self._kept)
+        taken = len(kept) - (self.position - position)
+        self._kept = [kept[taken:]]
+        return zlib.crc32(memoryview(kept)[:taken])
+
     def drain(self) -> bytes:
         """Read to the end. Returns up to 64 bytes that are not zero: an archive has none after its end."""
         rest = b""
         while part := self.read(1 << 20):
+            self._kept.clear()
             rest += part.strip(b"\0")[: 64 - len(rest)]
         return rest
 

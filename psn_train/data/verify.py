@@ -157,7 +157,7 @@ def verify_shards(
 def _verify_one(job: tuple, tick) -> _ShardResult:
     """Compare one shard with its entry in the index."""
     url, shard, kind, places, decode, sensor = job
-    result, offsets, hashes = _ShardResult(), [], []
+    result, offsets, hashes, keys, crcs = _ShardResult(), [], [], [], []
     stop = 0
     samples_seen = 0
     try:
@@ -165,12 +165,16 @@ def _verify_one(job: tuple, tick) -> _ShardResult:
             reader = HashingReader(stream)
             try:
                 for sample in walk_samples(reader, shard.name, lambda extension: True):
+                    # of the sample before: this one's offset is where it ends
+                    crcs.append(reader.crc32_to(sample.offset))
                     offsets.append(sample.offset)
+                    keys.append(sample.key)
                     stop = sample.stop
                     hashes.append(hashlib.blake2b(sample.key.encode("utf-8", "replace"), digest_size=8).digest())
                     _verify_sample(sample, kind, places, decode, sensor, result)
                     samples_seen += 1
                     tick(1)
+                crcs.append(reader.crc32_to(stop))
             except TarDamage as error:
                 result.problems.append(("", str(error).removeprefix(f"{shard.name}: ")))
             reader.drain()
@@ -181,11 +185,26 @@ def _verify_one(job: tuple, tick) -> _ShardResult:
         tick(max(0, shard.num_samples - samples_seen))
     result.num_samples, result.num_bytes = len(offsets), reader.position
     result.keys = np.frombuffer(b"".join(hashes), np.uint64)
+    result.problems[:0] = _changed_samples(shard, keys, crcs[1:])
     _compare(shard, result, [*offsets, stop], reader.digest.hexdigest())
     if len(result.problems) > _PER_SHARD:
         more = len(result.problems) - _PER_SHARD
         result.problems = result.problems[:_PER_SHARD] + [("", f"... and {more} more")]
     return result
+
+
+def _changed_samples(shard: Shard, keys: list[str], crcs: list[int]) -> list[tuple[str, str]]:
+    """Samples whose bytes have another CRC-32 than the index says; none where samples begin elsewhere."""
+    wanted = shard.crcs()
+    if wanted is None or len(keys) != len(wanted):
+        return []
+    changed = [
+        (key, f"its bytes changed: CRC-32 {crc:08x}, the index says {int(right):08x}")
+        for key, crc, right in zip(keys, crcs, wanted, strict=False)
+        if crc != right
+    ]
+    # all of them: another shard, of which one line tells
+    return changed if len(changed) < len(keys) else []
 
 
 def _compare(shard: Shard, result: _ShardResult, offsets: list[int], sha256: str) -> None:

@@ -17,6 +17,7 @@ from psn_train.recipe import Recipe
 from psn_train.training.build import load_network
 from psn_train.training.checkpoint import CheckpointError, find_checkpoint, last_checkpoint, read_best, read_meta
 from psn_train.training.results import results_of_checkpoint, weights_of
+from psn_train.training.storage import place
 
 
 def load_run(
@@ -25,6 +26,7 @@ def load_run(
     """Network, recipe and state.json of a run's or a checkpoint's folder, on the CPU, in eval mode.
 
     Args:
+        where: local, or a URL that fsspec knows.
         prefer: `best` or `last` checkpoint of a run.
         weights: `model`, `ema`, or `auto` for those by which the best epoch was selected; where none was, for the EMA
             if there is one.
@@ -101,8 +103,8 @@ def weights_text(where: str | os.PathLike, meta: dict, prefer: str) -> str:
     reached = f"step {own['step']}, epoch {math.ceil(own['epoch'])}"
     if "psn_train" in meta:
         return f"{where}, published from {reached}, weights: {own['weights']}"
-    path = Path(meta["path"])
-    named = path == Path(where)
+    path = place(meta["path"])
+    named = path == place(where)
     best = read_best(path.parent)
     is_best = best is not None and best["name"] == path.name
     is_last = last_checkpoint(path.parent) == path
@@ -176,7 +178,7 @@ def write_timm_folder(
         "psn_train": {
             "recipe": recipe.resolved(),
             "recipe_hash": meta["recipe_hash"],
-            "results": results_of_checkpoint(Path(meta["path"]), meta),
+            "results": results_of_checkpoint(place(meta["path"]), meta),
             "step": meta["step"],
             "epoch": meta["epoch"],
             "weights": meta["weights"],
@@ -222,6 +224,7 @@ def evaluate_folder(
     on_batch=None,
 ):
     """Evaluate a run, a checkpoint or a timm folder on shards; see `training.evaluate.evaluate`."""
+    from psn_train.data.cache import open_cache
     from psn_train.data.reader import SampleReader
     from psn_train.training.evaluate import evaluate, make_eval_loader
 
@@ -238,8 +241,7 @@ def evaluate_folder(
         )
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
     place = _device(device)
-    cache = Path(recipe.data.cache_dir or Path(where) / "shards")
-    reader = SampleReader(index, cache_dir=cache, cache_bytes=recipe.data.cache_gb * 1e9)
+    reader = SampleReader(index, open_cache(recipe.data, Path(where) / "shards"))
     loader = make_eval_loader(recipe, reader, batch_size=batch_size, device=place)
     result = evaluate(model.to(place), recipe, loader, device=place, firing=firing, on_batch=on_batch)
     return result, recipe, meta

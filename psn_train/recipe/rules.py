@@ -117,6 +117,22 @@ def impossible_combinations(recipe: Recipe) -> list[str]:
         checkpoint.every_epochs is None and checkpoint.every_steps is None,
         "checkpoint.every_epochs: a run that never saves; set every_epochs or every_steps",
     )
+    watch = recipe.watch
+    wrong(
+        watch.step_timeout_s > watch.start_timeout_s,
+        f"watch.step_timeout_s: got {watch.step_timeout_s:g}, more than start_timeout_s = {watch.start_timeout_s:g}, "
+        "although a start takes longer than a step",
+    )
+    wrong(
+        watch.heartbeat_s >= watch.step_timeout_s,
+        f"watch.heartbeat_s: got {watch.heartbeat_s:g}, not less than step_timeout_s = {watch.step_timeout_s:g}; a "
+        "rank would be given up before it is heard of",
+    )
+    store, _, path = (checkpoint.dir or "here").rpartition("://")
+    wrong(
+        not path.strip("/") or "::" in store,
+        f"checkpoint.dir: got {checkpoint.dir!r}; wanted a folder, or one URL with a bucket, such as s3://bucket/run",
+    )
     return problems
 
 

@@ -1,8 +1,9 @@
 """Recipe: everything that decides a run, read from strict YAML and checked before torch is imported.
 
-A recipe file has the sections model, data, augment, events, loss, optim, schedule, precision, ema, checkpoint and log.
-It may name one parent with `base:` (a path relative to itself), and single values are overridden on the command line as
-`optim.lr=0.05`. All mistakes are reported at once, each with the place, what was found and what was wanted.
+A recipe file has the sections model, data, augment, events, loss, optim, schedule, precision, ema, checkpoint, log and
+watch. It may name one parent with `base:` (a path relative to itself), and single values are overridden on the
+command line as `optim.lr=0.05`. All mistakes are reported at once, each with the place, what was found and what was
+wanted.
 
 YAML is read by the rules of YAML 1.2: `1e-3` is a number and `no` is a word (PyYAML's own rules have them the other way
 round). Durations carry their unit in the key (`epochs`, `warmup_steps`, `every_minutes`).
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from psn_train.recipe.events import Events
-from psn_train.recipe.section import Fraction, NonNegative, Positive, Scalar, Section
+from psn_train.recipe.section import Fraction, NonNegative, Positive, Scalar, Seconds, Section
 
 
 class Model(Section):
@@ -91,7 +92,11 @@ class Data(Section):
     cache_dir: str | None = None
     """Where shards of URLs are kept; by default a folder in the run's."""
     cache_gb: Annotated[float, Field(gt=0)] = 100.0
-    """Bound of that folder, in 10^9 bytes."""
+    """Bound of that folder, in 10^9 bytes; what training reads at the same time has to fit."""
+    fetch_attempts: Positive = 8
+    """Failures in a row after which a shard of a URL is given up; one that brought a MiB begins anew."""
+    fetch_stall_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds without a byte of a URL after which it is asked for anew."""
 
     @property
     def selected_on(self) -> Literal["val", "held out", "test"] | None:
@@ -234,6 +239,13 @@ class Checkpoint(Section):
     """Save after that many updates, too."""
     keep_last: Positive = 2
     """How many checkpoints stay, besides the best."""
+    dir: str | None = None
+    """Folder or URL (`s3://bucket/run`, `gs://bucket/run`, whatever fsspec knows) of the checkpoints; by default
+    `checkpoints` in the run's folder, where metrics.jsonl and results.json are in any case."""
+    write_attempts: Positive = 4
+    """How often a checkpoint is tried to be written, before training goes on without it to the next."""
+    retry_seconds: NonNegative = 5.0
+    """Seconds before the second attempt; doubled before each one after it."""
     select_by: Literal["top1", "ema_top1", "loss"] | None = None
     """The figure that the best is chosen by; by default `ema_top1` with an EMA, else `top1`."""
     accept_changes: bool = False
@@ -250,6 +262,24 @@ class Log(Section):
     trackers: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
     """Where the metrics go besides metrics.jsonl."""
     wandb_project: str = "psn_train"
+
+
+class Watch(Section):
+    start_timeout_s: Seconds = 1800.0
+    """How long a process may go without progress before its first update, in a save and until an evaluation's first
+    batch, which start, compile and write; and how long a collective there may wait for another rank."""
+    step_timeout_s: Seconds = 300.0
+    """The same from then on: without a new micro-batch, round of the evaluation, part of a file or attempt to fetch
+    one. Then all ranks write their stacks to RUN/stacks, and end with status 76. A rank may fetch for longer, but the
+    others wait for it no longer than this."""
+    stop_grace_s: Seconds = 60.0
+    """How long a process that was told to stop may go without progress, outside of a save, before it ends without
+    saving."""
+    heartbeat_s: Seconds = 10.0
+    """Seconds between two notes of a rank in RUN/ranks: where it is, and since when."""
+    slow_share: Fraction = 0.1
+    """A rank is named as slow whose data, computing or saving takes this share of a step longer than the median
+    rank's."""
 
 
 class Recipe(Section):
@@ -274,6 +304,7 @@ class Recipe(Section):
     ema: Ema = Ema()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+    watch: Watch = Watch()
 
     @property
     def run_path(self) -> Path:
@@ -294,10 +325,13 @@ NEUTRAL = (
     "data.workers",
     "data.cache_dir",
     "data.cache_gb",
+    "data.fetch_attempts",
+    "data.fetch_stall_s",
     "data.max_bad_samples",
     "schedule.stop_after_steps",
     "checkpoint",
     "log",
+    "watch",
 )
 
 

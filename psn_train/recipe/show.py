@@ -8,28 +8,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from psn_train.recipe.rates import learning_rates
 from psn_train.recipe.rules import MOST_HELD_OUT, Plan, PlanError, held_out_samples, make_plan
 from psn_train.recipe.schema import Recipe, recipe_hash
-
-
-def learning_rates(recipe: Recipe, plan: Plan) -> list[tuple[str, float]]:
-    """(when, learning rate) at the points of a run that one looks at."""
-    schedule, peak = recipe.schedule, recipe.optim.lr
-    length = math.ceil(plan.epochs) if schedule.by == "epoch" else plan.total_steps
-    warmup = schedule.warmup_epochs if schedule.by == "epoch" else schedule.warmup_steps
-    if schedule.by == "step" and schedule.warmup_epochs:
-        warmup = round(schedule.warmup_epochs * plan.steps_per_epoch)
-
-    def at(point: float) -> float:
-        if point < warmup:
-            return schedule.warmup_lr + (peak - schedule.warmup_lr) * point / warmup
-        if schedule.name == "constant":
-            return peak
-        angle = math.pi * (point - warmup) / max(length - warmup, 1)
-        return schedule.min_lr + (peak - schedule.min_lr) * (1 + math.cos(angle)) / 2
-
-    points = sorted({0, math.ceil(warmup), length // 4, length // 2, 3 * length // 4, max(length - 1, 0)})
-    return [(f"{schedule.by} {point}", at(point)) for point in points]
 
 
 def split_line(recipe: Recipe, samples: int | None) -> str:
@@ -58,6 +39,22 @@ def split_line(recipe: Recipe, samples: int | None) -> str:
     if data.test is None:
         return text + "; no test shards"
     return text if data.selected_on == "test" else text + f"; test shards {data.test}: once, at the end"
+
+
+def streams_note(recipe: Recipe) -> str | None:
+    """What to change so that each node of several fetches shards of its own; None where there is nothing to fetch."""
+    data = recipe.data
+    remote = data.train.startswith("pipe:") or "://" in data.train
+    if not remote or (data.shuffle == "shards" and data.global_batch_size % data.streams == 0):
+        return None
+    if data.shuffle == "full":
+        return "data.shuffle: full reads all shards at a time; every node fetches them all. shards fetches by turns"
+    batch = data.global_batch_size
+    near = max(n for n in range(1, min(batch, data.streams) + 1) if batch % n == 0)
+    return (
+        f"data.streams = {data.streams} does not divide data.global_batch_size = {batch}: each node would fetch the "
+        f"shards of more streams than its own; set it to a divisor that the nodes divide, such as {near}"
+    )
 
 
 def steps_line(recipe: Recipe) -> str:
@@ -125,6 +122,8 @@ def show_recipe(
     plan = next((column for column in columns if isinstance(column, Plan)), None)
     if plan is None:
         return
+    if (note := streams_note(recipe)) is not None:
+        console.print(f"shards          {note}", markup=False)
     rates = ", ".join(f"{when}: {rate:.4g}" for when, rate in learning_rates(recipe, plan))
     console.print(f"learning rate   {rates}", markup=False)
     if "masked_psn" in recipe.model.name:

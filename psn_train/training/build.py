@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import os
+import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from psn_train.data.ahead import check_cache, lag_of, processes_here
+from psn_train.data.cache import open_cache
 from psn_train.data.event_index import split_text
 from psn_train.data.order import held_out_ids
 from psn_train.data.reader import SampleReader
 from psn_train.data.split_checks import load_splits
+from psn_train.data.stream import PREFETCH, TrainStream
 from psn_train.models.conv_net import SequentialNet
-from psn_train.recipe import Recipe, held_out_samples
+from psn_train.recipe import Plan, Recipe, held_out_samples
 from psn_train.training.checkpoint import read_weights
+from psn_train.training.runtime import launched_processes
+from psn_train.training.storage import Place
 
 
 @dataclass(frozen=True)
@@ -45,17 +51,33 @@ def open_splits(recipe: Recipe) -> Splits:
         PlanError: more samples are to be held out than there are.
     """
     data = recipe.data
-    cache = data.cache_dir or recipe.run_path / "shards"
-    readers = {
-        split: SampleReader(index, cache_dir=cache, cache_bytes=data.cache_gb * 1e9)
-        for split, index in load_splits(recipe).items()
-    }
-    train = readers["train"]
-    select, ids = readers.get(data.selected_on), None
+    indices = load_splits(recipe)
+    # what an evaluation reads: a shard, and the next one
+    largest = [shard.num_bytes for split, index in indices.items() if split != "train" for shard in index.shards]
+    spared = 2 * processes_here() * max(largest, default=0)
+    folder = recipe.run_path / "shards"
+    if launched_processes() > processes_here():
+        # run folders lie where all nodes see them, and every node has a cache of its own
+        folder /= platform.node()
+    ids = None
     if data.selected_on == "held out":
-        samples = train.index.num_samples
-        select, ids = train, held_out_ids(samples, held_out_samples(data, samples), data.hold_out_seed)
+        samples = indices["train"].num_samples
+        ids = held_out_ids(samples, held_out_samples(data, samples), data.hold_out_seed)
+        # these stay in the cache, and an evaluation before that reads training shards
+        spared = 2 * processes_here() * max([*largest, *(shard.num_bytes for shard in indices["train"].shards)])
+        spared += int(indices["train"].num_bytes * len(ids) / samples * 1.5)
+    cache = open_cache(data, folder, spared=spared)
+    readers = {split: SampleReader(index, cache, ids if split == "train" else None) for split, index in indices.items()}
+    train = readers["train"]
+    select = train if ids is not None else readers.get(data.selected_on)
     return Splits(train, select, ids, readers.get("test"))
+
+
+def check_order(recipe: Recipe, plan: Plan, splits: Splits) -> None:
+    """Raises ShardError where the cache of shards is too small for the order of training; shards of URLs only."""
+    if splits.train.has_remote and not recipe.data.resident:
+        stream = TrainStream(recipe, plan, splits.train, rank=int(os.environ.get("RANK", "0")))
+        check_cache(splits.train, next(stream.needs(0)), lag_of(recipe.data.workers, PREFETCH))
 
 
 def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
@@ -111,7 +133,7 @@ def check_image_size(model: nn.Module, recipe: Recipe) -> None:
         )
 
 
-def load_network(recipe: Recipe, path: Path, num_classes: int, weights: str = "auto") -> tuple[nn.Module, str]:
+def load_network(recipe: Recipe, path: Place, num_classes: int, weights: str = "auto") -> tuple[nn.Module, str]:
     """A checkpoint's network, on the CPU, in eval mode; and which weights it has, `model` or `ema`.
 
     Args:

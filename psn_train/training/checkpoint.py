@@ -1,32 +1,33 @@
-"""Checkpoints: whole or not there, and readable by anybody.
+"""Checkpoints: whole or not there, and readable by anybody. Written in checkpoint_files.py.
 
-    run/checkpoints/
+    run/checkpoints/, or what checkpoint.dir names
       step_00012500/
         model.safetensors      weights; batch norm statistics averaged over the ranks
         ema.safetensors        the moving average, if there is one
         optimizer.safetensors  "parameter name|state name": state by name, so neither ranks nor engines enter
         ranks.safetensors      "rank3/...": random generators and batch norm statistics of each rank
-        state.json             step, position in the data, scaler, recipe, versions, results, sizes of the files above
+        state.json             step, position in the data, scaler, recipe, versions, results; bytes and CRC-32 of the
+                               files above
       LAST                     the name of the newest one
       BEST                     the name of the best one, its metric and value
 
-A checkpoint is written into a folder whose name starts with a dot, flushed to disk, then renamed; only then does LAST
-move, and only then is an old one deleted. There is no pickle anywhere: a stranger's file runs no code.
+There is no pickle anywhere: a stranger's file runs no code.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from psn_train.training.runtime import RankState
+from psn_train.training.storage import Place, StorageError, folders, is_folder, place, sizes
 
 FORMAT = "psn_train.checkpoint/1"
 
@@ -44,187 +45,95 @@ class Checkpoint:
     ema: dict[str, torch.Tensor] | None
     optimizer: dict
     ranks: list[RankState] = field(default_factory=list)
-    path: Path | None = None
+    path: Place | None = None
 
 
-def _fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_text(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    _fsync_folder(path.parent)
-
-
-def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-
-
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep_last: int, best: dict | None = None) -> Path:
-    """Write a checkpoint, move LAST (and BEST), then delete what is neither among the newest nor the best.
-
-    Args:
-        folder: `run/checkpoints`.
-        checkpoint: `meta["step"]` names its folder.
-        keep_last: how many stay besides the best.
-        best: {"metric", "value", ...} if this one is the best so far.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    final = checkpoint_path(folder, checkpoint.meta["step"])
-    aside = folder / f".{final.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        files = {
-            "model.safetensors": checkpoint.model,
-            "ema.safetensors": checkpoint.ema,
-            "optimizer.safetensors": checkpoint.optimizer["tensors"],
-            "ranks.safetensors": {
-                f"rank{rank}/{key}": value
-                for rank, state in enumerate(checkpoint.ranks)
-                for key, value in state.tensors.items()
-            },
-        }
-        sizes = {}
-        for name, tensors in files.items():
-            if tensors is None:
-                continue
-            save_file(_plain(tensors), aside / name)
-            with open(aside / name, "rb") as file:
-                os.fsync(file.fileno())
-            sizes[name] = (aside / name).stat().st_size
-        meta = {
-            "format": FORMAT,
-            **checkpoint.meta,
-            "optimizer_scalars": checkpoint.optimizer["scalars"],
-            "ranks": [state.scalars for state in checkpoint.ranks],
-            "files": sizes,
-        }
-        with open(aside / "state.json", "w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _fsync_folder(aside)
-        # the same step saved again, after a resume: the new one has the newer results
-        if final.exists():
-            os.replace(final, folder / f".{final.name}.old")
-        os.replace(aside, final)
-        _fsync_folder(folder)
-    except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(
-            f"{final} could not be written: {error}. The checkpoint before it still stands; "
-            "make room or set run_dir to another disk, and start again."
-        ) from error
-    _write_text(folder / "LAST", final.name + "\n")
-    if best is not None:
-        _write_best(folder, final, best)
-    _delete_old(folder, keep_last)
-    return final
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Place, step: int) -> Place:
     """The folder of the checkpoint that is saved after `step` updates."""
     return folder / f"step_{step:08d}"
 
 
-def _write_best(folder: Path, path: Path, best: dict) -> None:
-    _write_text(folder / "BEST", json.dumps({"name": path.name, **best}) + "\n")
+def is_whole(path: Place) -> bool:
+    """True for a folder with a readable state.json whose files have their sizes.
 
-
-def repair_best(folder: Path, step: int, best: dict) -> None:
-    """Let BEST name the checkpoint of `step`, as it does not where a kill came after LAST had moved."""
-    path = checkpoint_path(folder, step)
-    if is_whole(path) and (read_best(folder) or {}).get("name") != path.name:
-        _write_best(folder, path, best)
-
-
-def forget_best(folder: Path) -> None:
-    """Remove BEST; its checkpoint stays until the next save."""
-    (folder / "BEST").unlink(missing_ok=True)
-    _fsync_folder(folder)
-
-
-def _delete_old(folder: Path, keep_last: int) -> None:
-    best = read_best(folder)
-    whole = sorted(path for path in folder.glob("step_*") if path.is_dir())
-    for path in whole[:-keep_last]:
-        if best is None or path.name != best["name"]:
-            # renamed first: a kill in the middle of deleting leaves no half checkpoint under a whole one's name
-            doomed = folder / f".{path.name}.old"
-            os.replace(path, doomed)
-    for doomed in folder.glob(".step_*.old"):
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def clean(folder: Path) -> None:
-    """Remove what a kill left half-written or half-deleted."""
-    try:
-        last = (folder / "LAST").read_text(encoding="utf-8").strip()
-    except OSError:
-        last = None
-    for path in [*folder.glob(".step_*.tmp"), *folder.glob(".step_*.old")]:
-        name = path.name[1:].rsplit(".", 1)[0]
-        # killed between the two renames of a save: the old one is still what LAST means
-        if path.suffix == ".old" and name == last and not (folder / name).exists():
-            os.replace(path, folder / name)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def is_whole(path: Path) -> bool:
-    """True for a folder with a readable state.json whose files have their sizes."""
+    Raises:
+        StorageError: an object store does not answer, so that nobody knows.
+    """
     try:
         meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        return all((path / name).stat().st_size == size for name, size in meta["files"].items())
+        found = sizes(path)
+        return all(found.get(name) == size for name, size in meta["files"].items())
+    except StorageError:
+        raise
     except (OSError, ValueError, KeyError):
         return False
 
 
-def read_best(folder: Path) -> dict | None:
+def read_best(folder: Place) -> dict | None:
     """{"name", "metric", "value"} of the best checkpoint, or None."""
     try:
         return json.loads((folder / "BEST").read_text(encoding="utf-8"))
+    except StorageError:
+        raise
     except (OSError, ValueError):
         return None
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint: what LAST names, or else the highest step that is whole."""
+def read_last(folder: Place) -> str | None:
+    """The name of the newest checkpoint; None where nobody has written it down."""
     try:
-        named = folder / (folder / "LAST").read_text(encoding="utf-8").strip()
-    except OSError:
-        named = None
-    if named is not None and named.name.startswith("step_") and is_whole(named):
-        return named
-    whole = sorted(path for path in folder.glob("step_*") if is_whole(path))
-    return whole[-1] if whole else None
+        return (folder / "LAST").read_text(encoding="utf-8").strip()
+    except StorageError:
+        raise
+    except (OSError, ValueError):
+        return None
 
 
-def find_checkpoint(where: str | os.PathLike, prefer: str = "best") -> Path:
-    """The checkpoint that a user means by a run's folder, its `checkpoints` folder or a checkpoint's own folder.
+def whole_checkpoints(folder: Place) -> Iterator[Place]:
+    """What LAST names and the whole ones before it; where LAST's is not whole, all that are. The newest comes first."""
+    last, newest_first = read_last(folder), reversed(folders(folder, "step_"))
+    if last is not None and last.startswith("step_") and is_whole(folder / last):
+        yield folder / last
+        newest_first = (path for path in newest_first if path.name < last)
+    yield from filter(is_whole, newest_first)
+
+
+def last_checkpoint(folder: Place) -> Place | None:
+    """The newest whole checkpoint: what LAST names, or else the highest step that is whole."""
+    return next(whole_checkpoints(folder), None)
+
+
+def checkpoints_of(run: Place) -> Place:
+    """Where a run has its checkpoints, by its recipe.json, or else beside it; a folder of checkpoints is its own."""
+    try:
+        recipe = json.loads((run / "recipe.json").read_text(encoding="utf-8"))
+        where = recipe["checkpoint"]["dir"]
+    except StorageError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError):
+        where = None
+    if where is not None:
+        return place(where)
+    return run / "checkpoints" if is_folder(run / "checkpoints") else run
+
+
+def find_checkpoint(where: str | os.PathLike, prefer: str = "best") -> Place:
+    """The checkpoint that a user means by a run's folder, a folder of checkpoints or a checkpoint's own folder.
 
     Args:
+        where: local, or a URL that fsspec knows.
         prefer: `best` or `last`, where there is a choice. A run without a best one gives its last.
 
     Raises:
         CheckpointError: there is none.
+        StorageError: an object store does not answer.
     """
-    where = Path(where)
+    where = place(where)
     if (where / "state.json").exists():
         if not is_whole(where):
             raise CheckpointError(f"{where} is not whole: its files are not those that its state.json lists")
         return where
-    folder = where / "checkpoints" if (where / "checkpoints").is_dir() else where
+    folder = checkpoints_of(where)
     best = read_best(folder)
     if prefer == "best" and best is not None and is_whole(folder / best["name"]):
         return folder / best["name"]
@@ -236,15 +145,7 @@ def find_checkpoint(where: str | os.PathLike, prefer: str = "best") -> Path:
     return last
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no dict)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-
-
-def read_meta(path: Path) -> dict:
+def read_meta(path: Place) -> dict:
     """state.json of a checkpoint.
 
     Raises:
@@ -252,6 +153,8 @@ def read_meta(path: Path) -> dict:
     """
     try:
         meta = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except StorageError:
+        raise
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}/state.json cannot be read: {error}") from error
     if meta.get("format") != FORMAT:
@@ -259,7 +162,35 @@ def read_meta(path: Path) -> dict:
     return meta
 
 
-def read_weights(path: Path, which: str = "auto") -> tuple[dict[str, torch.Tensor], str]:
+def stored_name(meta: dict, name: str) -> str | None:
+    """The file that is meant by `model.safetensors`: a store's may have a number before it; None if there is none."""
+    return next((stored for stored in meta["files"] if stored.split("-", 1)[-1] == name), None)
+
+
+def _read_tensors(path: Place, meta: dict, name: str) -> dict[str, torch.Tensor]:
+    stored = stored_name(meta, name)
+    if stored is None:
+        raise CheckpointError(f"{path} has no {name}")
+    try:
+        data = (path / stored).read_bytes()
+    except StorageError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path / stored} cannot be read: {error}") from error
+    # earlier checkpoints have none
+    wanted = meta.get("crc32", {}).get(stored)
+    if wanted is not None and (found := zlib.crc32(data)) != wanted:
+        raise CheckpointError(
+            f"{path / stored} is damaged: its CRC-32 is {found:08x}, and {wanted:08x} was written; remove {path}, or "
+            "bring it back from a copy"
+        )
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path / stored} cannot be read: {error}") from error
+
+
+def read_weights(path: Place, which: str = "auto") -> tuple[dict[str, torch.Tensor], str]:
     """Weights of a checkpoint.
 
     Args:
@@ -268,28 +199,55 @@ def read_weights(path: Path, which: str = "auto") -> tuple[dict[str, torch.Tenso
     Returns:
         (state dict, `model` or `ema`).
     """
-    has_ema = (path / "ema.safetensors").exists()
+    meta = read_meta(path)
+    has_ema = stored_name(meta, "ema.safetensors") is not None
     if which == "ema" and not has_ema:
         raise CheckpointError(f"{path} holds no EMA; its recipe has no ema.decay")
     which = ("ema" if has_ema else "model") if which == "auto" else which
-    return _read_tensors(path / f"{which}.safetensors"), which
+    return _read_tensors(path, meta, f"{which}.safetensors"), which
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Everything in a checkpoint's folder."""
+def read_checkpoint(path: Place) -> Checkpoint:
+    """Everything in a checkpoint's folder.
+
+    Raises:
+        CheckpointError: it is damaged, or none of this project's.
+    """
     meta = read_meta(path)
     ranks: list[dict[str, torch.Tensor]] = [{} for _ in meta["ranks"]]
-    for joined, value in _read_tensors(path / "ranks.safetensors").items():
+    for joined, value in _read_tensors(path, meta, "ranks.safetensors").items():
         rank, _, key = joined.partition("/")
         ranks[int(rank.removeprefix("rank"))][key] = value
+    has_ema = stored_name(meta, "ema.safetensors") is not None
     return Checkpoint(
         meta=meta,
-        model=_read_tensors(path / "model.safetensors"),
-        ema=_read_tensors(path / "ema.safetensors") if (path / "ema.safetensors").exists() else None,
+        model=_read_tensors(path, meta, "model.safetensors"),
+        ema=_read_tensors(path, meta, "ema.safetensors") if has_ema else None,
         optimizer={
-            "tensors": _read_tensors(path / "optimizer.safetensors"),
+            "tensors": _read_tensors(path, meta, "optimizer.safetensors"),
             "scalars": meta["optimizer_scalars"],
         },
         ranks=[RankState(tensors, scalars) for tensors, scalars in zip(ranks, meta["ranks"], strict=True)],
         path=path,
     )
+
+
+def read_newest(folder: Place, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is undamaged; None where there are none at all.
+
+    Args:
+        say: called with a warning for each that is damaged.
+
+    Raises:
+        CheckpointError: there are some, and all of them are damaged.
+    """
+    damaged = None
+    for path in whole_checkpoints(folder):
+        try:
+            return read_checkpoint(path)
+        except CheckpointError as error:
+            say(f"warning: {error}; an older checkpoint goes before it")
+            damaged = error
+    if damaged is not None:
+        raise CheckpointError(f"no undamaged checkpoint in {folder}; remove them to start anew. {damaged}")
+    return None

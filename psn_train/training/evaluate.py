@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from psn_train.data.index import ShardError
+from psn_train.data.progress import note_progress
 from psn_train.data.reader import SampleReader
 from psn_train.data.stream import EvalStream, make_loader
 from psn_train.neurons import spiking_neurons
@@ -138,6 +139,7 @@ def evaluate(
             )
             if on_batch is not None:
                 on_batch(len(targets))
+            note_progress()
     finally:
         if rates is not None:
             rates.close()

@@ -6,9 +6,10 @@ import time
 
 import torch
 
+from psn_train.data.decoders import start_server
 from psn_train.data.split_checks import class_count
 from psn_train.recipe import Recipe, make_plan
-from psn_train.training.build import build_model, check_channels_last, load_network, open_splits
+from psn_train.training.build import build_model, check_channels_last, check_order, load_network, open_splits
 from psn_train.training.engine import build_engine, check_engine
 from psn_train.training.evaluate import EvaluationStopped, evaluate
 from psn_train.training.inputs import TrainInputs
@@ -25,7 +26,9 @@ from psn_train.training.runtime import (
     seed_everything,
     set_precision,
 )
+from psn_train.training.saving import check_room
 from psn_train.training.step import Updater
+from psn_train.training.watch import Watch, record_collectives
 
 
 def train(recipe: Recipe) -> int:
@@ -38,22 +41,35 @@ def train(recipe: Recipe) -> int:
         ValueError: the recipe does not fit the data, the devices or an existing run (ShardError, PlanError, ...).
             Also where the memory does not suffice.
         NonFiniteLoss: the loss is infinite or NaN.
+
+    A process that hangs, or that loses another rank, ends itself with `EXIT_HUNG` (watch.py).
     """
+    with Watch(recipe) as watch:
+        return _train(recipe, watch)
+
+
+def _train(recipe: Recipe, watch: Watch) -> int:
+    if recipe.data.workers:
+        # it imports meanwhile, and is there before this process has threads
+        start_server()
     # everything that can be wrong without a device
     zero_stage = check_engine(recipe)
     splits = open_splits(recipe)
     num_classes = class_count(recipe, splits.train.index)
     world_size = launched_processes()
     plan = make_plan(recipe, world_size=world_size, train_samples=splits.train.index.num_samples)
+    check_order(recipe, plan, splits)
     seed_everything(recipe.seed)
     model = build_model(recipe, num_classes)
     # moving a model keeps its parameters, so an optimiser that cannot be made is found here, too
     optimizer = build_optimizer(model, recipe)
+    check_room(recipe, model)
 
+    record_collectives(recipe)
     accelerator = build_accelerator(recipe, world_size)
     device, rank = accelerator.device, accelerator.process_index
     set_precision(recipe, device)
-    run = Run(recipe, plan, splits, accelerator)
+    run = Run(recipe, plan, splits, accelerator, watch)
     if run.resumes:
         run.load_weights(model)
     elif recipe.model.init_from is not None:
@@ -74,7 +90,7 @@ def train(recipe: Recipe) -> int:
         model.compile()
     inputs = TrainInputs(recipe, num_classes, device)
     engine = build_engine(recipe, plan, model, optimizer, accelerator)
-    updater = Updater(recipe, plan, engine, inputs, device, rank)
+    updater = Updater(recipe, plan, engine, inputs, device, rank, watch)
     seed_everything(recipe.seed, 1 + rank)
     run.resume(updater)
     run.say(headline(recipe, plan, device, run.step, splits.text, engine.name))
@@ -85,6 +101,7 @@ def train(recipe: Recipe) -> int:
     def evaluate_epoch(epoch: int) -> bool:
         """True where the selected figure is the best so far."""
         begin = time.monotonic()
+        watch.phase("evaluate")
         run.stop.settle()
         firing = recipe.log.firing_rates
         # hooks count the spikes, and a compiled graph would not call them
@@ -98,6 +115,7 @@ def train(recipe: Recipe) -> int:
 
     def evaluate_test() -> None:
         """The test set, looked at once: under the weights of the best and of the last checkpoint."""
+        watch.phase("test")
         run.stop.settle()
         loader, figures = loaders.evaluation(splits.test), {}
         wanted = run.results.to_test(run.checkpoints, run.step)
@@ -135,14 +153,18 @@ def train(recipe: Recipe) -> int:
                     stopping = True
             if stopping or improved or run.save_due(ended, last=run.step == final_step):
                 run.save(updater, improved)
+        # the test set is shown what was written
+        run.check_saved()
         complete = run.step == final_step and run.owed_epoch is None
         if complete and run.test_due():
             try:
                 evaluate_test()
             except EvaluationStopped:
                 complete = False
+        watch.phase("end")
         run.finish(complete)
     except (RuntimeError, MemoryError) as error:
+        watch.lost(error)
         if (text := out_of_memory(error, recipe, plan)) is not None:
             raise ValueError(text) from error
         blame = updater.guard.blame()

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,26 +18,45 @@ from psn_train.training.runtime import all_reduce_sum
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line. Its length belongs to the checkpoint, so a resumed run repeats no line."""
+    """metrics.jsonl: one JSON object a line. Its length belongs to the checkpoint, so a resumed run repeats no line.
 
-    def __init__(self, path: Path, keep_bytes: int | None):
+    Lines that a full or failing disk does not take wait for the next one.
+    """
+
+    def __init__(self, path: Path, keep_bytes: int, say: Callable[[str], None]):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        if keep_bytes is not None and path.exists() and path.stat().st_size > keep_bytes:
+        self.path, self.say = path, say
+        if path.exists():
             with open(path, "r+b") as file:
-                file.truncate(keep_bytes)
-        self.file = open(path, "ab")  # noqa: SIM115 (open as long as the run)
+                kept = file.read(keep_bytes)
+                # a full disk may have taken half a line
+                file.truncate(kept.rfind(b"\n") + 1)
+        # without a buffer it is known what was written
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
+        self.pending = b""
+        self.failed = False
 
     def write(self, record: dict) -> None:
-        self.file.write((json.dumps(record) + "\n").encode())
-        self.file.flush()
+        self.pending += (json.dumps(record) + "\n").encode()
+        try:
+            while self.pending:
+                self.pending = self.pending[self.file.write(self.pending) :]
+        except OSError as error:
+            if not self.failed:
+                self.failed = True
+                self.say(f"warning: {self.path} cannot be written: {error}; its lines wait until it can")
 
-    def flushed_size(self) -> int:
-        """Bytes so far, on the disk."""
+    def size(self) -> int:
+        """Bytes of all lines so far."""
+        return self.file.tell() + len(self.pending)
+
+    def sync(self) -> None:
+        """All lines so far onto the disk; from any thread."""
         os.fsync(self.file.fileno())
-        return self.file.tell()
 
     def close(self) -> None:
+        if self.pending:
+            self.say(f"warning: {self.path}: the last {self.pending.count(10)} lines could not be written and are lost")
         self.file.close()
 
 

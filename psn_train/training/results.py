@@ -23,8 +23,9 @@ from pathlib import Path
 from psn_train.data.event_index import sensor_of, split_of
 from psn_train.recipe import Plan, Recipe, recipe_hash
 from psn_train.training.build import Splits
-from psn_train.training.checkpoint import checkpoint_path
+from psn_train.training.checkpoint import checkpoint_path, is_whole
 from psn_train.training.evaluate import Result
+from psn_train.training.storage import Place
 
 SAMPLES = {"val": "validation samples", "held out": "held-out training samples", "test": "samples of the test set"}
 SELECTED = {
@@ -179,14 +180,15 @@ class Results:
             "shards": self.test_shards,
         }
 
-    def to_test(self, checkpoints: Path, step: int) -> dict[str, tuple[Path, str] | None]:
+    def to_test(self, checkpoints: Place, step: int) -> dict[str, tuple[Place, str] | None]:
         """Which weights the test set is shown: {"best": (checkpoint, `model`, `ema` or `auto`), "last": ...}.
 
-        They are read back from the disk, so that the figures are of what is published, whenever they are taken.
+        They are read back from the disk, so that the figures are of what is published, whenever they are taken. There
+        is no best where its checkpoint could not be written.
         """
         best = None
-        if self.best is not None:
-            best = checkpoint_path(checkpoints, self.best["step"]), weights_of(self.best)
+        if self.best is not None and is_whole(path := checkpoint_path(checkpoints, self.best["step"])):
+            best = path, weights_of(self.best)
         return {"best": best, "last": (checkpoint_path(checkpoints, step), weights_of(self.last))}
 
     def note_test(self, figures: dict[str, tuple[Result, str] | None], *, step: int, epoch: int) -> None:
@@ -320,16 +322,19 @@ def read_results(run_path: Path) -> dict | None:
     return document if isinstance(document, dict) else None
 
 
-def results_of_checkpoint(path: Path, meta: dict) -> dict:
+def results_of_checkpoint(path: Place, meta: dict) -> dict:
     """What is known of a checkpoint step_XXXXXXXX: its run's results.json, where it is the best or the last of them.
 
-    Other checkpoints, and those of a run that is not complete, tell what the run had reached when they were saved.
+    The run's folder is the one that the checkpoint lies in, or else the one that its recipe names. Other checkpoints,
+    and those of a run that is not complete, tell what the run had reached when they were saved.
 
     Returns:
         selected_on, best, last and test as above, and `weights_of`: which of best and last this checkpoint is.
     """
     own, step = meta["results"], meta["step"]
-    document = read_results(path.resolve().parent.parent)
+    document = read_results(path.resolve().parent.parent) if isinstance(path, Path) else None
+    if document is None:
+        document = read_results(Recipe.model_validate(meta["recipe"]).run_path)
     if document is not None and document.get("recipe_hash") == meta["recipe_hash"]:
         steps = {"best": (document.get("best") or {}).get("step"), "last": document.get("steps")}
         # the evaluation of this very step is the same in both, or the file is of another run

@@ -5,13 +5,12 @@ runs/NAME/
   metrics.jsonl   a line for each log step and each evaluation
   results.json    best and last, and the test set's figures, when the run is complete: see results.py
   tensorboard/    where the recipe asks for it
-  checkpoints/    see checkpoint.py
+  checkpoints/    unless checkpoint.dir names another place: see checkpoint.py
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import time
 from collections.abc import Iterator
@@ -23,32 +22,29 @@ from torch.utils.data import DataLoader
 from psn_train.data.index import ShardError
 from psn_train.data.stream import Batch
 from psn_train.neurons import get_lambda, set_lambda
-from psn_train.recipe import Plan, Recipe, decisive, recipe_hash
+from psn_train.recipe import Plan, Recipe
 from psn_train.training.build import Splits
+from psn_train.training.capture import capture_checkpoint
 from psn_train.training.checkpoint import (
-    Checkpoint,
-    clean,
-    forget_best,
-    last_checkpoint,
-    read_checkpoint,
-    repair_best,
-    save_checkpoint,
+    CheckpointError,
+    read_newest,
 )
+from psn_train.training.checkpoint_files import clean, forget_best, repair_best
 from psn_train.training.evaluate import Result
 from psn_train.training.metrics import Display, MetricsFile, start_trackers
 from psn_train.training.results import Results, evaluation_line, evaluation_scalars, test_line
-from psn_train.training.runtime import RankState, StopSignal, all_reduce_sum, average_batch_norm, versions
+from psn_train.training.run_folder import check_checkpoints, check_same_recipe, lock_folder
+from psn_train.training.runtime import StopSignal, average_batch_norm, gather_rows
+from psn_train.training.saving import Saver, checkpoints_place
 from psn_train.training.step import Updater, training_figures
-
-
-class RunError(ValueError):
-    """A run's folder does not fit what is asked of it."""
+from psn_train.training.stragglers import Stragglers
+from psn_train.training.watch import Watch
 
 
 class Run:
     """One process's view of the run. Only the main process writes."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, splits: Splits, accelerator):
+    def __init__(self, recipe: Recipe, plan: Plan, splits: Splits, accelerator, watch: Watch):
         self.recipe, self.plan, self.accelerator = recipe, plan, accelerator
         self.path = recipe.run_path
         self.device, self.is_main = accelerator.device, accelerator.is_main_process
@@ -60,47 +56,32 @@ class Run:
         self.waited = 0.0
         self.ema = None
         self.lambda_: float | None = None
-        self.stop = StopSignal()
+        self.stop, self.watch = StopSignal(), watch
+        self.stragglers = Stragglers(
+            watch, self.device, share=recipe.watch.slow_share, sync_bn=recipe.model.sync_bn and plan.world_size > 1
+        )
         self._started = self._last_log = time.monotonic()
+        self.checkpoints = checkpoints_place(recipe)
         self._lock = None
+        self._trackers_failed = False
+        self.save_waits: list[float] = []
         if self.is_main:
-            self._lock_folder()
+            self._lock = lock_folder(self.path)
+            check_checkpoints(recipe)
             clean(self.checkpoints)
         accelerator.wait_for_everyone()
-        found = last_checkpoint(self.checkpoints)
-        self.saved = read_checkpoint(found) if found is not None else None
+        watch.start(self.stop)
+        if plan.world_size > 1:
+            self.stragglers.meet()
+        self.saved = read_newest(self.checkpoints, self.say)
         if self.saved is not None:
-            self._check_same_recipe(self.saved.meta["recipe"])
+            check_same_recipe(recipe, self.saved.meta)
             self.results.check_held_out(self.saved.meta)
-
-    @property
-    def checkpoints(self):
-        return self.path / "checkpoints"
+        self.saver = Saver(recipe, self.saved.path if self.resumes else None) if self.is_main else None
 
     @property
     def resumes(self) -> bool:
         return self.saved is not None
-
-    def _lock_folder(self) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 (held as long as the run)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"{self.path}: another process trains in this folder; set run_dir to another one") from error
-
-    def _check_same_recipe(self, saved: dict) -> None:
-        before, now = decisive(saved), decisive(self.recipe.resolved())
-        changed = [
-            f"  {key}: {before.get(key, 'nothing')!r} then, {now.get(key, 'nothing')!r} now"
-            for key in sorted({*before, *now})
-            if before.get(key) != now.get(key)
-        ]
-        if changed and not self.recipe.checkpoint.accept_changes:
-            raise RunError(
-                f"{self.path} holds a run of another recipe:\n" + "\n".join(changed) + "\nTrain in another folder "
-                "(run_dir=...), or go on with the change through checkpoint.accept_changes=true."
-            )
 
     def load_weights(self, model: nn.Module) -> None:
         """The saved weights, before an engine takes the network."""
@@ -128,7 +109,8 @@ class Run:
             updater.engine.load_optimizer_state(saved.optimizer)
             meta = saved.meta
             updater.scaler.load_state_dict(meta["scaler"])
-            self.step, self.owed_epoch = meta["step"], meta["owed_epoch"]
+            self.step = self.watch.step = meta["step"]
+            self.owed_epoch = meta["owed_epoch"]
             self.seconds = meta["seconds"]
             if (selected := self.results.load(meta)) is not None:
                 self.say(f"the best epoch so far was selected {selected}; it is forgotten")
@@ -137,7 +119,9 @@ class Run:
                 if self.step == self.plan.total_steps and self.results.selected_on is not None:
                     self.owed_epoch = self.plan.epoch_of(self.step - 1)
             elif self.is_main and self.results.best is not None:
-                repair_best(self.checkpoints, self.results.best["step"], self.results.best_mark())
+                step = self.results.best["step"]
+                if not repair_best(self.checkpoints, step, self.results.best_mark()):
+                    self.say(f"warning: the checkpoint of the best epoch so far, after step {step}, is not there")
             # the names of all ranks; one of them goes on counting from there
             self.bad = meta["bad"] if self.is_main else []
             keep_bytes = meta["metrics_bytes"]
@@ -146,7 +130,7 @@ class Run:
         elif self.is_main:
             # of another run, whose checkpoints are gone
             (self.path / "results.json").unlink(missing_ok=True)
-        self.metrics = MetricsFile(self.path / "metrics.jsonl", keep_bytes) if self.is_main else None
+        self.metrics = MetricsFile(self.path / "metrics.jsonl", keep_bytes, self.say) if self.is_main else None
         if self.is_main:
             text = json.dumps(self.recipe.resolved(), indent=1)
             (self.path / "recipe.json").write_text(text + "\n", encoding="utf-8")
@@ -175,6 +159,11 @@ class Run:
                 "order stay; dropout draws other random numbers"
             )
 
+    @property
+    def total_seconds(self) -> float:
+        """Of this start and of those before."""
+        return self.seconds + time.monotonic() - self._started
+
     def say(self, text: str) -> None:
         if self.is_main:
             print(text, flush=True) if not hasattr(self, "display") else self.display.say(text)
@@ -184,8 +173,10 @@ class Run:
         batches = iter(loader)
         while True:
             begin = time.monotonic()
+            self.watch.phase("data")
             batch = next(batches, None)
             self.waited += time.monotonic() - begin
+            self.watch.phase("compute")
             if batch is None:
                 return
             yield batch
@@ -199,12 +190,14 @@ class Run:
 
     def after_update(self, updater: Updater, used: list[Batch], log_now: bool) -> None:
         self.step += 1
+        self.watch.after_update(self.step)
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
         self._note_bad([name for batch in used for name in batch.bad])
         if log_now or self.step % self.recipe.log.every_steps == 0:
             self._log_training(updater)
         self.display.step(self.step)
+        self._show_saver()
 
     def _note_bad(self, names: list[str]) -> None:
         if not names:
@@ -216,22 +209,35 @@ class Run:
             text = f"{len(self.bad)} unreadable samples, data.max_bad_samples is {allowed}:\n  " + "\n  ".join(self.bad)
             raise ShardError(text + "\nCheck the shards with `psn shards verify`, or allow more.")
 
+    def _track(self, scalars: dict[str, float]) -> None:
+        """For the trackers; of a full disk tensorboard does not recover, and metrics.jsonl has the figures, too."""
+        try:
+            self.accelerator.log(scalars, step=self.step)
+        except OSError as error:
+            if not self._trackers_failed:
+                self._trackers_failed = True
+                self.say(f"warning: a tracker fails, its curves end here: {error}")
+
     def _log_training(self, updater: Updater) -> None:
         now = time.monotonic()
-        window = updater.window.clone()
-        bad = torch.tensor([float(len(self.bad)), self.waited], dtype=torch.float64, device=self.device)
-        all_reduce_sum(window, bad)
-        unreadable, waited = bad.tolist()
+        own = torch.tensor([len(self.bad), self.waited, *self.stragglers.measured()], dtype=torch.float64)
+        # one exchange and one wait for the device
+        ranks = gather_rows(torch.cat([updater.window, own.to(self.device)])).cpu()
+        *window, unreadable, waited = ranks[:, :7].sum(0).tolist()
         steps, elapsed = max(self.step - self._last_step, 1), now - self._last_log
         record = {
             "kind": "train",
             "step": self.step,
             "epoch": self.plan.epoch_of(self.step - 1),
-            **training_figures(updater, window.tolist()),
+            **training_figures(updater, window),
             "images_per_s": steps * self.plan.global_batch_size / elapsed,
             "data_wait": min(waited / self.plan.world_size / elapsed, 1.0),
             "bad_samples": int(unreadable),
         }
+        if self.plan.world_size > 1:
+            record.update(self.stragglers.figures(ranks[:, 7:], steps))
+            for line in self.stragglers.slow(ranks[:, 7:], steps, elapsed):
+                self.say(line)
         if (lambda_ := get_lambda(self.model)) is not None:
             record["lambda"] = lambda_
         if self.device.type == "cuda":
@@ -241,9 +247,7 @@ class Run:
         if self.is_main:
             self.metrics.write(record)
             self.display.train(record)
-        self.accelerator.log(
-            {f"train/{key}": value for key, value in record.items() if key not in ("kind", "step")}, step=self.step
-        )
+        self._track({f"train/{key}": value for key, value in record.items() if key not in ("kind", "step")})
         if unreadable > self.recipe.data.max_bad_samples:
             raise ShardError(
                 f"{unreadable:.0f} unreadable samples over all ranks, data.max_bad_samples is "
@@ -280,7 +284,7 @@ class Run:
         if self.is_main:
             self.metrics.write(record)
             self.display.say(evaluation_line(record, self.results.best))
-        self.accelerator.log(evaluation_scalars(record), step=self.step)
+        self._track(evaluation_scalars(record))
         # the throughput is that of training
         self._last_log += seconds
         return improved
@@ -300,7 +304,7 @@ class Run:
     def note_test(self, figures: dict[str, tuple[Result, str] | None]) -> None:
         """Take in the test set's figures; `finish` writes them down."""
         self.results.note_test(figures, step=self.step, epoch=self.plan.epoch_of(self.step - 1))
-        self.accelerator.log(self.results.test_scalars(), step=self.step)
+        self._track(self.results.test_scalars())
 
     def save_due(self, ended: int | None, last: bool) -> bool:
         every = self.recipe.checkpoint
@@ -309,56 +313,55 @@ class Run:
         return last or by_step or by_epoch
 
     def save(self, updater: Updater, improved: bool) -> None:
-        """A checkpoint of this very step; every rank takes part, the main process writes."""
-        from accelerate.utils import gather_object
-
-        state = RankState.capture(self.model, self.device)
-        state.tensors["window"] = updater.window.cpu()
-        gathered = gather_object([(state, self.bad)]) if self.plan.world_size > 1 else [(state, self.bad)]
-        # every rank has a part of what an engine divides
-        model, optimizer = updater.engine.weights(), updater.engine.optimizer_state()
-        model = {**model, **average_batch_norm(self.model)}
-        ema = None
-        if self.ema is not None:
-            ema = {**self.ema.module.state_dict(), **average_batch_norm(self.ema.module)}
+        """A checkpoint of this very step; every rank takes part, a thread of the main process writes."""
+        self.watch.phase("wait")
+        self.wait_for_saver()
+        checkpoint = capture_checkpoint(self, updater)
         if self.is_main:
-            meta = {
-                "step": self.step,
-                "samples_seen": self.step * self.plan.global_batch_size,
-                "epoch": self.step * self.plan.global_batch_size / self.plan.train_samples,
-                "owed_epoch": self.owed_epoch,
-                "lambda": get_lambda(self.model),
-                "scaler": updater.scaler.state_dict(),
-                "results": self.results.state(),
-                "split": self.results.split,
-                "bad": sorted({name for _, bad in gathered for name in bad}),
-                "seconds": self.seconds + time.monotonic() - self._started,
-                "metrics_bytes": self.metrics.flushed_size(),
-                "num_classes": self.model.num_classes,
-                "recipe": self.recipe.resolved(),
-                "recipe_hash": recipe_hash(self.recipe),
-                "versions": versions(),
-                "world_size": self.plan.world_size,
-                "device": "cpu" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device),
-            }
-            checkpoint = Checkpoint(
-                meta=meta,
-                model=model,
-                ema=ema,
-                optimizer=optimizer,
-                ranks=[state for state, _ in gathered],
-            )
-            save_checkpoint(
-                self.checkpoints,
-                checkpoint,
-                keep_last=self.recipe.checkpoint.keep_last,
-                best=self.results.best_mark() if improved else None,
-            )
-        self.accelerator.wait_for_everyone()
+            self.watch.phase("save")
+            self.saver.start(checkpoint, self.results.best_mark() if improved else None, self.metrics.sync)
+        self.watch.phase("wait")
+
+    def wait_for_saver(self) -> None:
+        """Until nothing is being written; warns where that takes long."""
+        begin = time.monotonic()
+        self._settle_saver()
+        if (waited := time.monotonic() - begin) > 1:
+            self.save_waits.append(waited)
+            if len(self.save_waits) == 1:
+                self.say(
+                    f"warning: at step {self.step} training waited {waited:.0f} s for the checkpoint before to be "
+                    f"written to {self.checkpoints}; save less often (checkpoint.every_epochs, every_steps), or "
+                    "elsewhere (checkpoint.dir)"
+                )
+
+    def check_saved(self) -> None:
+        """When nothing will be saved any more: wait for what is being written.
+
+        Raises:
+            CheckpointError: on all ranks, where something was to be saved and is not.
+        """
+        self._settle_saver()
+        if len(self.save_waits) > 1:
+            times, seconds = len(self.save_waits), sum(self.save_waits)
+            self.say(f"warning: training waited {times} times for a checkpoint to be written, {seconds:.0f} s in all")
+        lost = self.saver.lost if self.is_main else None
+        if self.stop.of_main(lost is not None):
+            raise CheckpointError(lost or "the last checkpoint could not be written; the main process says more")
+
+    def _settle_saver(self) -> None:
+        # the other ranks wait in collectives of half a second, which do not time out
+        while self.stop.of_main(self.is_main and self.saver.busy(0.5)):
+            self._show_saver()
+        self._show_saver()
+
+    def _show_saver(self) -> None:
+        while self.is_main and self.saver.messages:
+            self.say(self.saver.messages.popleft())
 
     def finish(self, complete: bool) -> None:
         """Say how it ended, and write results.json if it is over."""
-        seconds, results = self.seconds + time.monotonic() - self._started, self.results
+        seconds, results = self.total_seconds, self.results
         if not complete:
             untested = results.tests_once and self.step == self.plan.total_steps
             owed = "; the next start looks at the test set" if untested else ""
@@ -377,11 +380,16 @@ class Run:
         self.say(f"{self.recipe.name} {how}, {seconds:.0f} s{results.summary()}")
 
     def close(self) -> None:
+        # after an error the other ranks are anywhere
+        while self.is_main and self.saver.busy(0.5):
+            self._show_saver()
+        self._show_saver()
         self.stop.close()
         if hasattr(self, "display"):
             self.display.close()
         if self.is_main and getattr(self, "metrics", None) is not None:
             self.metrics.close()
-        self.accelerator.end_training()
+        with contextlib.suppress(OSError):
+            self.accelerator.end_training()
         if self._lock is not None:
             self._lock.close()

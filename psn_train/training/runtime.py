@@ -9,6 +9,7 @@ import random
 import signal
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def without_deepspeed():
 
 def _accelerator(recipe: Recipe):
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
     return Accelerator(
         # without it two processes on a CPU train side by side, unsynchronised
@@ -74,7 +75,9 @@ def _accelerator(recipe: Recipe):
         ),
         kwargs_handlers=[
             # batch norm statistics stay each rank's own between evaluations, where they are averaged
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            # of the start; watch.py makes it shorter
+            InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.watch.start_timeout_s)),
         ],
     )
 
@@ -119,6 +122,15 @@ def seed_everything(*entropy: int) -> None:
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))
     torch.manual_seed(int(words[2]))
+
+
+def gather_rows(row: torch.Tensor) -> torch.Tensor:
+    """[n] of each rank -> [ranks, n], on all of them."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return row[None]
+    rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, row)
+    return torch.stack(rows)
 
 
 def all_reduce_sum(*tensors: torch.Tensor) -> None:
@@ -245,6 +257,14 @@ class StopSignal:
         flag = torch.tensor(float(self.caught is not None))
         self.pending = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group, async_op=True), flag
         return answer
+
+    def of_main(self, value: float) -> float:
+        """The main process's value, on every rank."""
+        if self.group is None:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(shared, 0, group=self.group)
+        return shared.item()
 
     def settle(self) -> None:
         """Wait for what is under way: a process that is forked while gloo's threads work may hang in the fork."""

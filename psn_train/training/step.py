@@ -13,6 +13,7 @@ from psn_train.training.engine import DataParallel
 from psn_train.training.inputs import TrainInputs
 from psn_train.training.losses import compute_loss, mean_over_time
 from psn_train.training.runtime import FiniteGuard
+from psn_train.training.watch import Watch
 from psn_train.training.zero import Zero
 
 
@@ -27,8 +28,9 @@ class Updater:
         inputs: TrainInputs,
         device: torch.device,
         rank: int = 0,
+        watch: Watch | None = None,
     ):
-        self.rank = rank
+        self.rank, self.watch = rank, watch
         self.recipe, self.plan, self.engine = recipe, plan, engine
         self.model, self.optimizer = engine.network, engine.optimizer
         self.inputs, self.device = inputs, device
@@ -57,6 +59,8 @@ class Updater:
                 logits = engine.forward(x)
                 loss = compute_loss(self.recipe.loss, logits, targets, mask)
                 share = len(labels) / plan.global_batch_size
+                if last and self.watch is not None:
+                    self.watch.phase("update")
                 engine.backward(self.scaler.scale(loss * (share * engine.loss_factor)), last)
             losses.append(loss.detach())
             shares.append(len(labels))

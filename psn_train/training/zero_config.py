@@ -98,8 +98,13 @@ def complete_config(config: dict, recipe: Recipe, plan) -> dict:
     """
     config = {key: value for key, value in config.items() if key not in ("train_batch_size", "fp16", "bf16")}
     # DeepSpeed wants whole numbers that multiply; it does not look at the batches themselves
+    zero = dict(config["zero_optimization"])
+    if zero["stage"] == 3:
+        # its linear layer rounds otherwise under autocast
+        zero["memory_efficient_linear"] = False
     return {
         **config,
+        "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.grad_accum_steps,
         "gradient_clipping": 0.0,

