@@ -237,7 +237,7 @@ def test_a_full_disk(web, tmp_path, monkeypatch):
     written: dict[int, int] = {}
 
     def taken() -> int:
-        files = [*cache.folder.glob("*.t*"), *cache.folder.glob(".*.tmp")]
+        files = [*cache.folder.glob("*.tar"), *cache.folder.glob("*.tmp")]
         return sum(written.get(inode, 0) for inode in {path.stat().st_ino for path in files})
 
     def writing(file, data):
