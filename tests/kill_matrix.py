@@ -56,17 +56,19 @@ class Row:
     """One disturbance.
 
     Attributes:
+        start: in which start it came, from 1.
         when: the phase in which it found the ranks.
         after_s: seconds since the start of the launchers.
         step: updates in the log when it came; None: none by this start.
         saved: updates in the newest checkpoint when it came.
-        resumed: updates that the next start went on after.
+        resumed: updates that the next start that came so far went on after.
         ended_s: seconds until every rank and launcher had ended; None where all went on.
         recovery_s: seconds from the next start of the launchers to its first update; where all went on, from the
             disturbance to the next update. None: another disturbance came first.
         helped: launchers that the supervisor had to end.
     """
 
+    start: int
     what: str
     when: str
     after_s: float
@@ -80,12 +82,12 @@ class Row:
 
 def show(rows: list[Row]) -> str:
     """A table of them."""
-    names = ("what", "phase", "after s", "step", "saved", "resumed", "lost", "ended s", "recovery s", "helped")
+    names = ("start", "what", "phase", "after s", "step", "saved", "resumed", "lost", "ended s", "recovery s", "helped")
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join("---" for _ in names) + " |"]
     for row in rows:
         lost = None if row.step is None or row.resumed is None else max(row.step - row.resumed, 0)
-        fields = (row.what, row.when, row.after_s, row.step, row.saved, row.resumed, lost, row.ended_s, row.recovery_s)
-        fields += (row.helped or None,)
+        fields = (row.start, row.what, row.when, row.after_s, row.step, row.saved, row.resumed, lost)
+        fields += (row.ended_s, row.recovery_s, row.helped or None)
         texts = ["-" if f is None else f"{f:.1f}" if isinstance(f, float) else str(f) for f in fields]
         lines.append("| " + " | ".join(texts) + " |")
     return "\n".join(lines)
@@ -285,7 +287,7 @@ class Launches:
         # another one before the first update
         self._waiting = None
         after, phase = time.monotonic() - self.began, self.phase()
-        self.rows.append(Row(name, phase, after, self.step(), saved_step(self.document)))
+        self.rows.append(Row(self.starts, name, phase, after, self.step(), saved_step(self.document)))
         return self.rows[-1]
 
     def until_end(self, row: Row, begin: float, more: float = 0.0) -> None:
@@ -318,8 +320,8 @@ class Launches:
         """Nothing is lost but the updates since the last save."""
         every = self.document["checkpoint"]["every_steps"]
         for row in self.rows:
-            if row.resumed is not None:
-                assert row.resumed >= row.saved, row
+            if row.ended_s is not None:
+                assert row.resumed is not None and row.resumed >= row.saved, row
                 # one save may be under way
                 assert row.step is None or row.step - row.resumed < 2 * every, row
                 # who is told saves at once
@@ -331,11 +333,12 @@ class Launches:
                 os.kill(process, number)
 
     def _note_recovery(self) -> None:
+        for row in self.rows:
+            if row.ended_s is not None and row.resumed is None and row.start < self.starts:
+                row.resumed = self.resumed
         if self._waiting is None:
             return
         row, since, step = self._waiting
-        if row.ended_s is not None and row.resumed is None:
-            row.resumed = self.resumed
         if (self.step() or 0) > step:
             row.recovery_s = time.monotonic() - since
             self._waiting = None
