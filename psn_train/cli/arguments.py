@@ -34,22 +34,16 @@ def size(text: str) -> int:
 
 
 def seconds(text: str) -> float:
+    return positive(text, "a number of seconds")
+
+
+def positive(text: str, what: str = "a number") -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number of seconds above 0")
-    return value
-
-
-def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted a number above 0")
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted {what} above 0")
     return value
 
 

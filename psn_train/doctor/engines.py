@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from psn_train.neurons import set_nan_check
+from psn_train.training.zero import load_deepspeed
 
 UPDATES = 3
 STAGES = (1, 2, 3)
@@ -29,11 +30,7 @@ def largest_differences(device: torch.device) -> dict[str, float]:
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # compiled for a minute, and not for this
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed = load_deepspeed(logging.ERROR)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     expected = _train_ddp(device)
     largest = max(float(value.abs().max()) for value in expected)

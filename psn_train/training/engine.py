@@ -39,8 +39,6 @@ class DataParallel:
             joined gradients are a sum.
     """
 
-    shards_weights = False
-
     def __init__(self, recipe: Recipe, network: nn.Module, optimizer: torch.optim.Optimizer, accelerator):
         self.recipe, self.network, self.optimizer = recipe, network, optimizer
         self.device, self.world_size = accelerator.device, accelerator.num_processes
@@ -95,6 +93,9 @@ class DataParallel:
 
     def load_optimizer_state(self, saved: dict) -> None:
         load_optimizer_by_name(self.optimizer, self.network, saved)
+
+    def close(self) -> None:
+        """When the run is over, and before the processes part."""
 
 
 # torch compares annotations with its types, and does not know these, which are strings

@@ -163,6 +163,7 @@ def _train(recipe: Recipe, watch: Watch) -> int:
                 complete = False
         watch.phase("end")
         run.finish(complete)
+        engine.close()
     except (RuntimeError, MemoryError) as error:
         watch.lost(error)
         if (text := out_of_memory(error, recipe, plan)) is not None:

@@ -9,6 +9,7 @@ under DDP (`zero_parts`).
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import warnings
@@ -49,19 +50,13 @@ class Zero:
         self.recipe, self.network, self.optimizer = recipe, network, optimizer
         self.device, self.world_size = accelerator.device, accelerator.num_processes
         self.stage = config["zero_optimization"]["stage"]
-        self.name, self.shards_weights = f"ZeRO-{self.stage}", self.stage == 3
+        self.name = f"ZeRO-{self.stage}"
         # DeepSpeed takes the mean over the ranks
         self.loss_factor = float(self.world_size)
         self.names = {id(parameter): name for name, parameter in network.named_parameters()}
         check_elementwise(optimizer)
+        deepspeed = load_deepspeed()
         with _quiet():
-            import deepspeed
-
-            # its lines about itself
-            logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-
-            # an operator for several processes of a CPU that takes a minute to compile, and a compiler
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             if not dist.is_initialized():
                 os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
                 backend = "gloo" if self.device.type == "cpu" else "nccl"
@@ -122,6 +117,22 @@ class Zero:
         if unknown:
             raise CheckpointError(f"the optimiser's state is of {unknown[0]!r}, which this model does not have")
         self.parts.load_states(self.optimizer, owners, self.names)
+
+    def close(self) -> None:
+        """Before the process group goes: left to the end of the process, ZeRO-3 aborts it now and then."""
+        self.engine.destroy()
+        self.engine = self.parts = None
+        gc.collect()
+
+
+def load_deepspeed(level: int = logging.WARNING):
+    """The package, without its lines about itself below `level`, and without what would be compiled for a minute."""
+    with _quiet():
+        import deepspeed
+    logging.getLogger("DeepSpeed").setLevel(level)
+    # an operator for several processes of a CPU, which wants a compiler, too
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 class _OfGradients:
