@@ -35,22 +35,17 @@ class DataParallel:
     Attributes:
         network: the bare network.
         name: for logs.
-        loss_factor: what a micro-batch's loss is multiplied with, beside its share of the global batch, so that the
-            joined gradients are a sum.
     """
 
     def __init__(self, recipe: Recipe, network: nn.Module, optimizer: torch.optim.Optimizer, accelerator):
         self.recipe, self.network, self.optimizer = recipe, network, optimizer
         self.device, self.world_size = accelerator.device, accelerator.num_processes
-        self.module, self.loss_factor = accelerator.prepare(network), 1.0
+        self.module = accelerator.prepare(network)
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.name = "DDP" if self.world_size > 1 else "one process"
         if self.world_size > 1:
-            if self.device.type == "cpu" or recipe.precision.deterministic:
-                self.module.register_comm_hook(None, sum_in_order)
-            else:
-                # DDP takes the mean over the ranks
-                self.loss_factor = float(self.world_size)
+            in_order = self.device.type == "cpu" or recipe.precision.deterministic
+            self.module.register_comm_hook(None, sum_in_order if in_order else sum_of_all)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, C, H, W] or [T, N, C, H, W] -> logits [T, N, K], under the recipe's autocast."""
@@ -98,7 +93,12 @@ class DataParallel:
         """When the run is over, and before the processes part."""
 
 
-# torch compares annotations with its types, and does not know these, which are strings
+# torch compares annotations of hooks with its types, and does not know these, which are strings
+def sum_of_all(_state, bucket):
+    """DDP's communication hook that adds gradients up, where DDP alone would take their mean."""
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+
 def sum_in_order(_state, bucket):
     """DDP's communication hook that adds gradients up in the order of the ranks, at the cost of a ring all-reduce.
 

@@ -51,8 +51,6 @@ class Zero:
         self.device, self.world_size = accelerator.device, accelerator.num_processes
         self.stage = config["zero_optimization"]["stage"]
         self.name = f"ZeRO-{self.stage}"
-        # DeepSpeed takes the mean over the ranks
-        self.loss_factor = float(self.world_size)
         self.names = {id(parameter): name for name, parameter in network.named_parameters()}
         check_elementwise(optimizer)
         deepspeed = load_deepspeed()
@@ -77,7 +75,11 @@ class Zero:
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
-        if not last:
+        if last:
+            # DeepSpeed takes the mean over the ranks. Not the loss is made larger, so that gradients in fp16 are as
+            # large, and rounded, as under DDP
+            torch._foreach_mul_(self.gradients(), self.world_size)
+        else:
             # counts the micro-batch
             self.engine.step()
 
