@@ -35,6 +35,7 @@ class DataParallel:
     Attributes:
         network: the bare network.
         name: for logs.
+        divided: True where a forward pass gathers the weights, so that all ranks have to take part in it.
         loss_factor: what a micro-batch's loss is multiplied with, beside its share of the global batch, so that the
             joined gradients are a sum.
     """
@@ -44,7 +45,7 @@ class DataParallel:
         self.device, self.world_size = accelerator.device, accelerator.num_processes
         self.module, self.loss_factor = accelerator.prepare(network), 1.0
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.name = "DDP" if self.world_size > 1 else "one process"
+        self.name, self.divided = "DDP" if self.world_size > 1 else "one process", False
         if self.world_size > 1:
             if self.device.type == "cpu" or recipe.precision.deterministic:
                 self.module.register_comm_hook(None, sum_in_order)
