@@ -82,6 +82,23 @@ def test_optimizer_state_by_name_continues_bit_for_bit(name, tmp_path):
         assert torch.equal(expected, found), key
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_of_a_single_number_is_where_its_parameter_is(name):
+    """As the bias of a sliding PSN has; counters, single numbers too, stay on the CPU. No GPU is needed to see it."""
+    model = nn.ParameterDict({"bias": nn.Parameter(torch.ones(())), "weight": nn.Parameter(torch.ones(3, 2))})
+    optimizer = OPTIMIZERS[name](model.parameters())
+    model["bias"].mul(model["weight"].sum()).backward()
+    optimizer.step()
+    state = optimizer_by_name(optimizer, model)
+    moved = copy.deepcopy(model).to("meta")
+    restored = OPTIMIZERS[name](moved.parameters())
+    load_optimizer_by_name(restored, moved, state)
+    devices = {key: value.device.type for key, value in optimizer_by_name(restored, moved)["tensors"].items()}
+    counters = {key for key in devices if key.rpartition("|")[2] in ("step", "mu_product", "RMS")}
+    assert devices == {key: "cpu" if key in counters else "meta" for key in state["tensors"]}
+    assert set(devices) - counters
+
+
 def test_random_generators_come_back(tmp_path):
     import random
 

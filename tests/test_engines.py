@@ -1,6 +1,7 @@
 """DDP and ZeRO under real launchers: the same weights, and checkpoints that know neither of them."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -33,6 +34,10 @@ def stage(tmp_path):
             return []
         path = tmp_path / f"zero{number}.json"
         sizes = {"reduce_bucket_size": 50_000, "allgather_bucket_size": 50_000}
+        if number == 3:
+            # or else DeepSpeed keeps all of such a small network on every rank
+            sizes |= {f"stage3_{key}": 0 for key in ("param_persistence_threshold", "max_live_parameters")}
+            sizes |= {f"stage3_{key}": 0 for key in ("max_reuse_distance", "prefetch_bucket_size")}
         path.write_text(json.dumps({"zero_optimization": {"stage": number, **sizes}, "gradient_clipping": 0.0}))
         return ["--use_deepspeed", "--deepspeed_config_file", str(path)]
 
@@ -78,6 +83,51 @@ class TestProcesses:
             assert_equal(saved(moved, file), saved(whole, file))
         losses = [[line["loss"] for line in lines(document["run_dir"], "train")] for document in (whole, moved)]
         assert losses[0] == losses[1] and len(losses[0]) == 8
+
+    @pytest.mark.long
+    def test_states_of_single_numbers_go_from_ddp_to_zero2(self, small, stage, tmp_path):
+        """A sliding PSN's bias is one; so is AdamW's counter."""
+        changes = merged(EXACT, {"model": {"name": "sew_resnet10_sliding_psn"}, "optim": {"name": "adamw", "lr": 0.003}})
+        whole, moved = small("whole", **changes), small("moved", **changes)
+        run(whole, tmp_path, 2, stage(None))
+        run(moved, tmp_path, 2, stage(None), schedule={"stop_after_steps": 4})
+        run(moved, tmp_path, 2, stage(2))
+        assert_equal(saved(moved, "optimizer.safetensors"), saved(whole, "optimizer.safetensors"))
+
+    def test_ranks_agree_on_fp16s_scale_where_one_of_them_has_the_infinite_gradient(self, small, stage, tmp_path):
+        document = small("fp16", **merged(EXACT, {"precision": {"dtype": "fp16"}, "schedule": {"steps": 4}}))
+        patch = """
+import os
+import psn_train.training.step as m
+inner = m.Updater.run
+def overflowing(self, batches, step):
+    unscale = self.engine.unscale
+    def once(scaler):
+        if step == 2 and os.environ["RANK"] == "1":
+            self.engine.gradients()[0].view(-1)[0] = float("inf")
+        unscale(scaler)
+    self.engine.unscale = once
+    used = inner(self, batches, step)
+    self.engine.unscale = unscale
+    print(f"rank {self.rank} step {step} scale {self.scaler.get_scale():.0f}\\n", end="", flush=True)
+    return used
+m.Updater.run = overflowing
+"""
+        status, output = launch(document, tmp_path, 2, before=patch, engine=stage(2))
+        assert status == 0, output
+        found = sorted(re.findall(r"rank (\d) step (\d) scale (\d+)", output))
+        scales = [65536, 65536, 32768, 32768]
+        assert found == [(rank, str(step), str(scale)) for rank in "01" for step, scale in enumerate(scales)], output
+
+    def test_zero3_evaluates_though_a_rank_has_fewer_batches(self, small, stage, tmp_path):
+        """50 samples in batches of 12: three for one rank, two for the other. Nothing else may count."""
+        changes = merged(EXACT, {"watch": {"start_timeout_s": 60, "step_timeout_s": 40}, "schedule": {"steps": 4}})
+        ddp, divided = small("ddp", **changes), small("zero3", **changes)
+        run(ddp, tmp_path, 2, stage(None))
+        run(divided, tmp_path, 2, stage(3))
+        found, expected = (lines(document["run_dir"], "eval")[-1] for document in (divided, ddp))
+        assert found["count"] == 50
+        assert {**found, "seconds": 0} == {**expected, "seconds": 0}
 
     @pytest.mark.long
     @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

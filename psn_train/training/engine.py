@@ -35,6 +35,12 @@ class DataParallel:
     Attributes:
         network: the bare network.
         name: for logs.
+<<<<<<< HEAD
+=======
+        divided: True where a forward pass gathers the weights, so that all ranks have to take part in it.
+        loss_factor: what a micro-batch's loss is multiplied with, beside its share of the global batch, so that the
+            joined gradients are a sum.
+>>>>>>> 9583185
     """
 
     def __init__(self, recipe: Recipe, network: nn.Module, optimizer: torch.optim.Optimizer, accelerator):
@@ -42,7 +48,7 @@ class DataParallel:
         self.device, self.world_size = accelerator.device, accelerator.num_processes
         self.module = accelerator.prepare(network)
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.name = "DDP" if self.world_size > 1 else "one process"
+        self.name, self.divided = "DDP" if self.world_size > 1 else "one process", False
         if self.world_size > 1:
             in_order = self.device.type == "cpu" or recipe.precision.deterministic
             self.module.register_comm_hook(None, sum_in_order if in_order else sum_of_all)

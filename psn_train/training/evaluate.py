@@ -81,6 +81,7 @@ def evaluate(
     firing: bool = False,
     stop=None,
     on_batch=None,
+    divided: bool = False,
 ) -> Result:
     """Top-1, top-5 and cross entropy of the mean over T, on all samples of the loader.
 
@@ -94,6 +95,8 @@ def evaluate(
         loader: from `make_eval_loader`.
         stop: a StopSignal that is polled once a round.
         on_batch: called with the number of samples of each batch.
+        divided: a forward pass gathers the weights from all ranks (ZeRO-3), so a rank goes through the network in the
+            rounds, too, for which it has no batch.
 
     Raises:
         ShardError: more bad samples than allowed, or another number of samples than the loader's.
@@ -116,6 +119,8 @@ def evaluate(
                 raise EvaluationStopped
             batch = next(batches, None)
             if batch is None:
+                if divided:
+                    _take_part(model, recipe, device, rates)
                 continue
             bad += batch.bad
             if len(bad) > recipe.data.max_bad_samples:
@@ -161,6 +166,16 @@ def evaluate(
         bad=bad,
         firing=rates.result(names, device) if rates is not None else {},
     )
+
+
+def _take_part(model: nn.Module, recipe: Recipe, device: torch.device, rates: FiringRates | None) -> None:
+    """A forward pass that counts nowhere."""
+    T, side = recipe.model.T, recipe.data.image_size
+    x = torch.zeros(1, recipe.model.in_chans, side, side, device=device)
+    if rates is not None:
+        rates.mask = torch.zeros(T, 1, dtype=torch.bool, device=device)
+    with autocast(recipe.precision.eval_dtype, device):
+        model(x if recipe.events is None else x.expand(T, *x.shape))
 
 
 def _gather(items: list[str], world_size: int) -> list[str]:

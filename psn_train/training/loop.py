@@ -108,7 +108,15 @@ def _train(recipe: Recipe, watch: Watch) -> int:
         stance = torch.compiler.set_stance("force_eager" if firing else "default")
         with stance, run.averaged_batch_norm():
             results = {
-                which: evaluate(network, recipe, select_loader, device=device, firing=firing, stop=run.stop)
+                which: evaluate(
+                    network,
+                    recipe,
+                    select_loader,
+                    device=device,
+                    firing=firing,
+                    stop=run.stop,
+                    divided=engine.divided,
+                )
                 for which, network in run.networks()
             }
         return run.note_evaluation(epoch, results, time.monotonic() - begin)

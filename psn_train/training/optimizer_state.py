@@ -45,6 +45,15 @@ def restore_groups(optimizer: torch.optim.Optimizer, owners: dict[str, dict]) ->
     return {owner: values for owner, values in owners.items() if not owner.startswith("group ")}
 
 
+def divided_keys(owners: dict[str, dict]) -> set[str]:
+    """Names of the states that have a number for each of a parameter's; others are counters.
+
+    A parameter may be a single number itself (the bias of a sliding PSN), as a counter is.
+    """
+    states = [item for state in owners.values() for item in state.items()]
+    return {key for key, value in states if isinstance(value, torch.Tensor) and value.ndim > 0}
+
+
 def load_optimizer_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, saved: dict) -> None:
     """Put a state of `optimizer_by_name` back.
 
@@ -52,14 +61,16 @@ def load_optimizer_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, s
         CheckpointError: it names parameters that the model does not have.
     """
     parameters = dict(model.named_parameters())
-    for owner, values in restore_groups(optimizer, state_by_owner(saved)).items():
+    owners = restore_groups(optimizer, state_by_owner(saved))
+    divided = divided_keys(owners)
+    for owner, values in owners.items():
         if owner not in parameters:
             raise CheckpointError(f"the optimiser's state is of {owner!r}, which this model does not have")
         parameter = parameters[owner]
         for key, value in values.items():
             if isinstance(value, torch.Tensor):
                 # step counters stay on the CPU, as torch's optimisers keep them
-                value = value.to("cpu" if value.ndim == 0 else parameter.device).clone()
+                value = value.to(parameter.device if key in divided else "cpu").clone()
                 if value.shape == parameter.shape:
                     value = value.to(memory_format=_layout(parameter))
             optimizer.state[parameter][key] = value

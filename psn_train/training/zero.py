@@ -50,7 +50,7 @@ class Zero:
         self.recipe, self.network, self.optimizer = recipe, network, optimizer
         self.device, self.world_size = accelerator.device, accelerator.num_processes
         self.stage = config["zero_optimization"]["stage"]
-        self.name = f"ZeRO-{self.stage}"
+        self.name, self.divided = f"ZeRO-{self.stage}", self.stage == 3
         self.names = {id(parameter): name for name, parameter in network.named_parameters()}
         check_elementwise(optimizer)
         deepspeed = load_deepspeed()
@@ -95,8 +95,16 @@ class Zero:
         return squares.sqrt()
 
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
-        if scaler.is_enabled():
-            scaler.unscale_(_OfGradients(self.gradients()))
+        if not scaler.is_enabled():
+            return
+        gradients = self.gradients()
+        # a rank sees its own parts only, and all have to find the same
+        finite = torch.zeros((), dtype=torch.float32, device=self.device)
+        for gradient in gradients:
+            finite += 0 * gradient.sum()
+        if self.world_size > 1:
+            dist.all_reduce(finite)
+        scaler.unscale_(_OfGradients([*gradients, finite]))
 
     def step(self, scaler: torch.amp.GradScaler) -> None:
         # where a gradient is not finite, DeepSpeed's norm is not, and it leaves the weights alone

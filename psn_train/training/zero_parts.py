@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from psn_train.training.optimizer_state import divided_keys
 from psn_train.training.zero_config import EngineError
 
 
@@ -89,12 +90,13 @@ class ZeroParts:
 
     def load_states(self, inner: torch.optim.Optimizer, owners: dict[str, dict], names: dict[int, str]) -> None:
         """Put back what `whole_states` gave, by name; every rank takes its parts."""
+        divided = divided_keys(owners)
         for group, flat in zip(self.groups, self.flats, strict=True):
             state: dict = {}
             for parameter in group:
                 part = self._part(parameter)
                 for key, value in owners.get(names[id(parameter)], {}).items():
-                    if not isinstance(value, torch.Tensor) or value.shape != self._shape(parameter):
+                    if key not in divided:
                         state[key] = value.clone() if isinstance(value, torch.Tensor) else value
                         continue
                     if key not in state:
