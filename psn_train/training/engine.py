@@ -38,8 +38,6 @@ class DataParallel:
 <<<<<<< HEAD
 =======
         divided: True where a forward pass gathers the weights, so that all ranks have to take part in it.
-        loss_factor: what a micro-batch's loss is multiplied with, beside its share of the global batch, so that the
-            joined gradients are a sum.
 >>>>>>> 9583185
     """
 
