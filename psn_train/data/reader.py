@@ -75,7 +75,7 @@ class SampleReader:
                 raise
             # the copy on this disk: another is fetched
             self.forget(shard_number)
-            self.cache.path_of(self.index.shards[shard_number]).unlink(missing_ok=True)
+            self.cache.remove(self.index.shards[shard_number])
             raw = self._bytes(shard_number, position)
         return parse_sample(raw, self.name(sample_id))
 
@@ -130,7 +130,7 @@ class SampleReader:
                 "Put it back; `psn shards verify` tells whether it is the same."
             )
         if len(raw) != stop - start:
-            raise ShardError(f"{where}: the shard ends at byte {start + len(raw)}, its index wants {shard.num_bytes}")
+            raise _Changed(f"{where}: the shard ends at byte {start + len(raw)}, its index wants {shard.num_bytes}")
         crcs = self.crcs[shard_number]
         if crcs is not None and (crc := zlib.crc32(raw)) != crcs[position]:
             raise _Changed(
@@ -151,8 +151,8 @@ class SampleReader:
         url = self.index.shard_url(self.index.shards[shard_number])
         return url if is_url(url) and not url.startswith("file://") else None
 
-    def fetch(self, shard_number: int) -> str:
-        """The path of a shard's local copy, fetched if there is none.
+    def fetch(self, shard_number: int, *, early: bool = False) -> str:
+        """The path of a shard's local copy, fetched if there is none. `early`: see `ShardCache.fetch`.
 
         Raises:
             ShardError: it cannot be fetched, or there is no cache.
@@ -162,7 +162,7 @@ class SampleReader:
             return self.index.shard_url(shard).removeprefix("file://")
         if self.cache is None:
             raise ShardError(f"{url}: shards of URLs need a cache folder; set data.cache_dir")
-        path = self.cache.fetch(url, shard)
+        path = self.cache.fetch(url, shard, early=early)
         if held := self._held(shard_number):
             self.cache.keep(shard, held)
         return str(path)
@@ -192,7 +192,7 @@ class SampleReader:
 
 
 class _Changed(ShardError):
-    """Bytes of a sample are not those that the index was made of."""
+    """Bytes of a sample are not those that the index was made of, or are not there."""
 
 
 def parse_sample(raw: bytes, where: str) -> dict[str, bytes | str]:
