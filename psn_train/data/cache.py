@@ -210,7 +210,7 @@ class ShardCache:
         """
         if shard.num_bytes > self.bound:
             raise CacheError(
-                f"{shard.name} has {shard.num_bytes / 1e9:.3g} GB, data.cache_gb is {self.bound / 1e9:.3g}; "
+                f"{shard.shown} has {shard.num_bytes / 1e9:.3g} GB, data.cache_gb is {self.bound / 1e9:.3g}; "
                 "set it to more"
             )
         deadline = time.monotonic() + self.patience.stall_s
@@ -224,7 +224,7 @@ class ShardCache:
                         file.truncate(shard.num_bytes)
                     return
             if time.monotonic() > deadline:
-                raise CacheError(f"{self.folder}: no room for {shard.name}, {missing}")
+                raise CacheError(f"{self.folder}: no room for {shard.shown}, {missing}")
             time.sleep(_LOOK_EVERY)
 
     def _make_room(self, wanted: int, but: str = "") -> str | None:

@@ -15,6 +15,7 @@ import zlib
 import numpy as np
 
 from psn_train.data.cache import ShardCache
+from psn_train.data.fetch import hide_password
 from psn_train.data.index import Shard, ShardError, ShardIndex, is_url
 
 _OPEN_FILES = 128
@@ -55,7 +56,7 @@ class SampleReader:
     def name(self, sample_id: int) -> str:
         """Where a sample stands, for messages: `shard.tar[17]`."""
         shard, position = self.locate(sample_id)
-        return f"{self.index.shards[shard].name}[{position}]"
+        return f"{self.index.shards[shard].shown}[{position}]"
 
     def read(self, sample_id: int) -> dict[str, bytes | str]:
         """The members of one sample by extension, and its `__key__`.
@@ -113,7 +114,7 @@ class SampleReader:
 
     def _bytes(self, shard_number: int, position: int) -> bytes:
         shard = self.index.shards[shard_number]
-        where = f"{shard.name}[{position}]"
+        where, url = f"{shard.shown}[{position}]", hide_password(self.index.shard_url(shard))
         start, stop = shard.offsets[position], shard.offsets[position + 1]
         file = self._open(shard_number, shard)
         try:
@@ -121,12 +122,12 @@ class SampleReader:
             deleted = not os.fstat(file).st_nlink
         except OSError as error:
             self.forget(shard_number)
-            raise ShardError(f"{where}: shard {self.index.shard_url(shard)} cannot be read: {error}") from error
+            raise ShardError(f"{where}: shard {url} cannot be read: {error}") from error
         # a shard that the cache has removed is whole as long as it is open
         if deleted and self.remote_url(shard_number) is None:
             self.forget(shard_number)
             raise ShardError(
-                f"{where}: shard {self.index.shard_url(shard)} was deleted or replaced while it was read. "
+                f"{where}: shard {url} was deleted or replaced while it was read. "
                 "Put it back; `psn shards verify` tells whether it is the same."
             )
         if len(raw) != stop - start:
@@ -135,7 +136,7 @@ class SampleReader:
         if crcs is not None and (crc := zlib.crc32(raw)) != crcs[position]:
             raise _Changed(
                 f"{where}: its bytes changed since the index was made (CRC-32 {crc:08x}, the index says "
-                f"{int(crcs[position]):08x}): shard {self.index.shard_url(shard)} is damaged or another one. "
+                f"{int(crcs[position]):08x}): shard {url} is damaged or another one. "
                 "`psn shards verify` names all that is; put a whole copy there."
             )
         return raw
@@ -161,7 +162,7 @@ class SampleReader:
         if url is None:
             return self.index.shard_url(shard).removeprefix("file://")
         if self.cache is None:
-            raise ShardError(f"{url}: shards of URLs need a cache folder; set data.cache_dir")
+            raise ShardError(f"{hide_password(url)}: shards of URLs need a cache folder; set data.cache_dir")
         path = self.cache.fetch(url, shard, early=early)
         if held := self._held(shard_number):
             self.cache.keep(shard, held)

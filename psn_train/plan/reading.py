@@ -56,7 +56,7 @@ def training_set(recipe: Recipe, samples: int | None = None) -> TrainingSet:
     if "train" not in absent:
         index = indices["train"]
         recordings = split_text(index, indices.get("test"))
-        text = f"{recipe.data.train}, {len(index.shards)} shards" + (f", {recordings}" if recordings else "")
+        text = f"{index.place}, {len(index.shards)} shards" + (f", {recordings}" if recordings else "")
         return TrainingSet(index.num_samples, recipe.model.num_classes or len(index.classes), index, text)
     samples, source = samples or recipe.data.train_samples, "the recipe's data.train_samples; the shards are not there"
     if samples is None:
