@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from psn_train.data.cache import Claims
-from psn_train.data.index import ShardError
+from psn_train.data.index import ShardError, ShardIndex
 from psn_train.data.reader import SampleReader
 
 # shards that a process fetches at the same time
@@ -91,6 +91,18 @@ def least_room(needs: list[Need], sizes: list[int], lag: int, processes: int) ->
     shards, taken = most_at_once(needs + following, sizes, lag)
     # all of them together never need more than there is
     return min(shards, len(sizes)), min(processes * taken, sum(sizes))
+
+
+def evaluation_room(train: ShardIndex, others: list[ShardIndex], held_out: int, processes: int) -> int:
+    """Bytes of a cache that evaluations want: for each process of a node a shard and the next one, and what stays.
+
+    Args:
+        others: the shards of `val` and `test`.
+        held_out: samples of the training shards; these stay, and an evaluation before that reads training shards.
+    """
+    read = [train, *others] if held_out else others
+    largest = max((shard.num_bytes for index in read for shard in index.shards), default=0)
+    return 2 * processes * largest + int(train.num_bytes * held_out / train.num_samples * 1.5)
 
 
 def check_cache(reader: SampleReader, needs: list[Need], lag: int) -> None:
