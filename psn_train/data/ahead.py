@@ -120,12 +120,12 @@ def check_cache(reader: SampleReader, needs: list[Need], lag: int) -> None:
     shards, wanted = least_room(needs, sizes, lag, here)
     least = wanted + cache.spared
     each = f"{shards} at a time by each of {here} processes" if here > 1 else f"{shards} at a time"
-    what = f"the shards that training reads on this node ({each}) and those of an evaluation take {_gb(least)} GB"
+    what = f"the shards that training reads on this node ({each}) and those of an evaluation take {gigabytes(least)} GB"
     if least > cache.bound:
         raise ShardError(
-            f"data.cache_gb: got {_gb(cache.bound)}, but {what}: with less, shards would be fetched again and again. "
-            f"Set data.cache_gb: {_gb(least)} or more, or fewer data.streams (under data.shuffle: full all shards are "
-            "read at a time)."
+            f"data.cache_gb: got {gigabytes(cache.bound)}, but {what}: with less, shards would be fetched again and "
+            f"again. Set data.cache_gb: {gigabytes(least)} or more, or fewer data.streams (under data.shuffle: full "
+            "all shards are read at a time)."
         )
     folder = cache.folder
     there = cache.kept_bytes() if folder.exists() else 0
@@ -134,12 +134,12 @@ def check_cache(reader: SampleReader, needs: list[Need], lag: int) -> None:
     free = shutil.disk_usage(folder).free
     if least > free + there:
         raise ShardError(
-            f"data.cache_dir: {cache.folder} has {_gb(free + there)} GB of room on its disk, but {what}. Make room "
-            "there, set data.cache_dir to a folder on another disk, or fewer data.streams."
+            f"data.cache_dir: {cache.folder} has {gigabytes(free + there)} GB of room on its disk, but {what}. Make "
+            "room there, set data.cache_dir to a folder on another disk, or fewer data.streams."
         )
 
 
-def _gb(size: float) -> str:
+def gigabytes(size: float) -> str:
     """10^9 bytes in three digits, rounded up: to be put into a recipe."""
     unit = 10.0 ** (np.floor(np.log10(max(size, 1))) - 2)
     return f"{np.ceil(size / unit) * unit / 1e9:.9f}".rstrip("0").rstrip(".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from psn_train.data.ahead import evaluation_room, lag_of, least_room
+from psn_train.data.ahead import evaluation_room, gigabytes, lag_of, least_room
 from psn_train.data.event_index import split_text
 from psn_train.data.index import ShardIndex
 from psn_train.data.reader import SampleReader
@@ -149,7 +149,7 @@ def cache_problems(recipe: Recipe, plan: Plan, found: TrainingSet, gpus_per_node
     if bound < least:
         return [
             f"data.cache_gb: got {data.cache_gb:g}, and a node reads {shards} shards at a time for each of its GPUs, "
-            f"which take {least / 1e9:.3g} GB with those of an evaluation. Set data.cache_gb to more, or fewer "
+            f"which take {gigabytes(least)} GB with those of an evaluation. Set it to more, or fewer "
             "data.streams (under data.shuffle: full all shards are read at a time)"
         ], []
     if bound < index.num_bytes:
