@@ -9,6 +9,7 @@ import random
 import re
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ class Plan:
     retry_after: str | None = "0"
     status: int = 503
     answers: dict[str, int] = field(default_factory=dict)  # path -> a status that is its answer always
+    headers: dict[str, str] = field(default_factory=dict)  # of every body
 
 
 @dataclass
@@ -79,7 +81,7 @@ def flaky_server(folder: Path, plan: Plan) -> Iterator[tuple[str, Served]]:
             with lock:
                 served.requests.append((path, wanted))
                 served.authorization = self.headers.get("Authorization", served.authorization)
-            file = folder / path.lstrip("/").partition("?")[0]
+            file = folder / urllib.parse.unquote(path.lstrip("/").partition("?")[0])
             if path in plan.answers or not file.is_file():
                 return self.answer(plan.answers.get(path, 404), 0)
             data = file.read_bytes()
@@ -87,7 +89,7 @@ def flaky_server(folder: Path, plan: Plan) -> Iterator[tuple[str, Served]]:
             if fault == "refuse":
                 headers = {} if plan.retry_after is None else {"Retry_After": plan.retry_after}
                 return self.answer(plan.status, 0, **headers)
-            headers = {"ETag": f'"{hash(data)}"'}
+            headers = {"ETag": f'"{hash(data)}"', **plan.headers}
             start = 0
             if plan.ranges and wanted and self.headers.get("If-Range", headers["ETag"]) == headers["ETag"]:
                 start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])

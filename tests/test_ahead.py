@@ -9,7 +9,7 @@ from flaky_server import Plan, flaky_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from psn_train.data.ahead import FetchAhead, Need, check_cache, most_at_once, shard_needs
+from psn_train.data.ahead import FetchAhead, Need, check_cache, least_room, most_at_once, shard_needs
 from psn_train.data.cache import ShardCache
 from psn_train.data.fetch import Patience
 from psn_train.data.index import ShardError, load_index
@@ -205,11 +205,56 @@ def test_needs_are_what_a_loop_finds(ids, lag):
     assert {need.shard: [need.first, need.last] for need in needs} == expected
     assert [need.first for need in needs] == sorted(need.first for need in needs)
     sizes = list(range(10, 130, 10))
-    counts = [[need.shard for need in needs if need.first <= item <= need.last + lag] for item in range(7, 30)]
+    counts = [[need.shard for need in needs if need.first - lag <= i <= need.last + lag] for i in range(0, 30)]
     assert most_at_once(needs, sizes, lag) == (
         max(map(len, counts)),
         max(sum(sizes[shard] for shard in shards) for shards in counts),
     )
+
+
+@pytest.mark.parametrize("lag", [1, 3, 6])
+def test_the_least_cache_holds_what_is_claimed(many, small, tmp_path, monkeypatch, lag):
+    """What the start asks for is enough, where epochs meet and processes are apart, too; nothing waits for room."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with flaky_server(many, Plan()) as (url, _):
+        _, streams = opened(small, url, tmp_path, hold_out=30, epochs=4)
+        stream, index = streams[0], streams[0].reader.index
+        sizes = [shard.num_bytes for shard in index.shards]
+        least = least_room(next(stream.needs(0)), sizes, lag, 1)[1]
+        assert least < sum(sizes)
+        cache = ShardCache(tmp_path / "cache", least, Patience(1, 0.5, 0.01))
+        reader = SampleReader(index, cache)
+        check_cache(reader, next(stream.needs(0)), lag)
+        ahead = FetchAhead(reader, stream.needs(0), lag=lag, claims=True)
+        for item in range(len(stream)):
+            ahead.advance(item)
+            assert sum(sizes[shard] for shard in {need.shard for need in ahead.held}) <= least
+            for sample_id in stream.positions(item)[1].tolist():
+                reader.read(sample_id)
+            # the processes that are as far behind as they may be
+            for sample_id in stream.positions(max(0, item - lag))[1].tolist():
+                reader.read(sample_id)
+        ahead.close()
+
+
+def test_what_failed_ahead_is_tried_when_it_is_read(many, small, tmp_path):
+    """A source that was away before anybody read from it, and is there again."""
+    patience = Patience(attempts=1, stall_s=1.0, first_wait_s=0.01)
+    plan = Plan()
+    with flaky_server(many, plan) as (url, served):
+        index = load_index(url)
+        reader = SampleReader(index, ShardCache(tmp_path, 1e9, patience))
+        name = index.shards[0].name
+        plan.answers[f"/{name}"] = 503
+        ahead = FetchAhead(reader, iter([[Need(0, 9, 9)]]), lag=0, claims=True)
+        ahead.advance(0)
+        for _ in range(1000):
+            if (f"/{name}", None) in served.requests and not list(tmp_path.glob(".*.tar.tmp")):
+                break
+            threading.Event().wait(0.02)
+        ahead.close()
+        plan.answers.clear()
+        assert reader.read(0)["__key__"]
 
 
 def test_what_fails_ahead_is_said_by_whoever_reads(many, small, tmp_path):

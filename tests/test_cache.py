@@ -140,6 +140,95 @@ def test_processes_share_the_bound(web, tmp_path):
     assert 0 < largest <= 3 * SIZE
 
 
+def _fetch_many(folder, web, shards, seed, failures):
+    cache = ShardCache(folder, 60 * 1000, QUICK)
+    for number in np.random.default_rng(seed).permutation(np.tile(np.arange(len(shards)), 3)).tolist():
+        try:
+            cache.fetch(f"pipe:cat {web}/{number}", shards[number])
+        except Exception as error:
+            failures.put(f"{type(error).__name__}: {error}")
+
+
+def test_processes_that_fetch_many_shards_do_not_stumble_over_each_other(tmp_path):
+    """A shard gets its name while another process counts what is there."""
+    web, shards = tmp_path / "web", []
+    web.mkdir()
+    for number in range(80):
+        data = number.to_bytes(2, "big") * 500
+        (web / str(number)).write_bytes(data)
+        shards.append(Shard(f"{number}.tar", 1, 1000, hashlib.sha256(data).hexdigest(), [0, 1000]))
+    context = multiprocessing.get_context("fork")
+    failures = context.SimpleQueue()
+    arguments = [(tmp_path / "cache", web, shards, seed, failures) for seed in range(6)]
+    processes = [context.Process(target=_fetch_many, args=args) for args in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+        assert process.exitcode == 0
+    assert failures.empty(), failures.get()
+
+
+def test_files_of_others_are_none_of_the_cache(web, tmp_path):
+    """A cache in a folder with archives, and with shards that are being written there."""
+    folder, shards = web
+    others = ["photos.tar", ".photos.tar.tmp", "deadbeef.tar"]
+    (tmp_path / "cache").mkdir()
+    for name in others:
+        (tmp_path / "cache" / name).write_bytes(bytes(2 * SIZE))
+    cache = ShardCache(tmp_path / "cache", 2 * SIZE, QUICK)
+    with flaky_server(folder, Plan()) as (url, _):
+        for number in range(4):
+            cache.fetch(f"{url}/{number}.tar", shards[number])
+            time.sleep(0.02)
+    assert tars(cache.folder) == {"photos.tar", "deadbeef.tar", *(cache.path_of(shards[n]).name for n in (2, 3))}
+    assert all((cache.folder / name).stat().st_size == 2 * SIZE for name in others)
+
+
+def test_what_a_killed_process_kept_apart_in_part_is_removed(web, tmp_path):
+    folder, shards = web
+    cache = ShardCache(tmp_path / "cache", 1e9, QUICK)
+    with flaky_server(folder, Plan()) as (url, _):
+        cache.fetch(f"{url}/0.tar", shards[0])
+        left = cache.folder / f".{cache.held_path(shards[0], [0]).name}.tmp"
+        left.write_bytes(b"part")
+        cache.fetch(f"{url}/1.tar", shards[1])
+        assert not left.exists()
+        cache.keep(shards[0], [0])
+    assert cache.held_path(shards[0], [0]).stat().st_size == SIZE and not rest(cache.folder)
+
+
+def test_a_file_system_without_locks_is_named(web, tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("psn_train.data.cache.fcntl.flock", flock)
+    with pytest.raises(CacheError, match=r"Function not implemented: there are no locks .* Set data\.cache_dir"):
+        ShardCache(tmp_path / "cache", 1e9, QUICK).fetch("http://127.0.0.1:9/0.tar", web[1][0])
+
+
+def test_a_copy_that_was_cut_is_fetched_again(web, tmp_path):
+    import io
+    import tarfile
+
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w") as archive:
+        member = tarfile.TarInfo("a.cls")
+        member.size = 2
+        archive.addfile(member, io.BytesIO(b"12"))
+    (web[0] / "t.tar").write_bytes(raw.getvalue())
+    size = len(raw.getvalue())
+    shard = Shard("t.tar", 1, size, hashlib.sha256(raw.getvalue()).hexdigest(), [0, 1024])
+    with flaky_server(web[0], Plan()) as (url, served):
+        reader = SampleReader(
+            ShardIndex("images", "train", ["a"], [1], [shard], {}, url), ShardCache(tmp_path / "cache", 1e9, QUICK)
+        )
+        assert reader.read(0)["cls"] == b"12"
+        os.truncate(reader.cache.path_of(shard), 700)
+        assert reader.read(0)["cls"] == b"12" and served.whole["/t.tar"] == 2
+        reader.close()
+
+
 def test_a_killed_fetch_leaves_nothing_for_long(web, tmp_path):
     folder, shards = web
     cache = ShardCache(tmp_path / "cache", 2 * SIZE, QUICK)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flaky_server import Plan, flaky_server
 
-from psn_train.data.fetch import ChangedError, FetchError, Patience, fetch_blocks, fetch_bytes
-from psn_train.data.index import NoShards, load_index
+from psn_train.data.fetch import ChangedError, FetchError, Patience, fetch_blocks, fetch_bytes, hide_password
+from psn_train.data.index import NoShards, Shard, ShardIndex, load_index, save_index
 
 QUICK = Patience(attempts=8, stall_s=1.0, first_wait_s=0.01)
 SIZE = 3_000_000
@@ -136,6 +136,62 @@ def test_a_login_goes_into_the_header_and_no_message(data, tmp_path):
     assert "pass" not in str(caught.value) and "me:" not in str(caught.value)
 
 
+def test_no_secret_of_any_source_is_shown(tmp_path):
+    for url, shown in {
+        "https://h/x.tar?sig=secret&k=1": "https://h/x.tar?...",
+        "ftp://me:secret@h/x.tar": "ftp://h/x.tar",
+        "s3://bucket/x.tar": "s3://bucket/x.tar",
+        "/data/a@b?.tar": "/data/a@b?.tar",
+        "pipe:curl -s 'https://me:secret@h/x?sig=secret' | cat": "pipe:curl -s 'https://h/x?...' | cat",
+        "pipe:curl -u me:secret https://h/x": "pipe:curl -u ... https://h/x",
+        "pipe:curl -H 'Authorization: Bearer secret' https://h/x": "pipe:curl -H 'Authorization: ...' https://h/x",
+        "pipe:AWS_SECRET_ACCESS_KEY=secret aws s3 cp s3://b/x -": "pipe:AWS_SECRET_ACCESS_KEY=... aws s3 cp s3://b/x -",
+        "pipe:aws s3 cp s3://b/x - --region eu": "pipe:aws s3 cp s3://b/x - --region eu",
+    }.items():
+        assert hide_password(url) == shown
+    quick = Patience(attempts=1, stall_s=1.0, first_wait_s=0.01)
+    for url in (
+        "nonsense://me:secret@h/x",
+        "pipe:nothing_of_this_name -u me:secret",
+        "http://127.0.0.1:9/x?sig=secret",
+    ):
+        with pytest.raises(FetchError) as caught:
+            digest(url, quick)
+        assert "me:secret" not in str(caught.value) and "sig=secret" not in str(caught.value)
+
+
+def test_an_index_behind_a_signature(tmp_path):
+    """The query of the folder's URL goes to the index and to the shards, and into no message."""
+    save_index(ShardIndex("images", "train", ["a"], [1], [Shard("x.tar", 1, 9, "0" * 64, [0, 9])]), tmp_path)
+    with flaky_server(tmp_path, Plan()) as (url, served):
+        for where in (f"{url}/?sig=secret", f"{url}/index.json?sig=secret"):
+            index = load_index(where)
+            assert served.requests[-1][0] == "/index.json?sig=secret"
+            assert index.shard_url(index.shards[0]) == f"{url}/x.tar?sig=secret" and "secret" not in index.place
+        with pytest.raises(NoShards) as caught:
+            load_index(f"{url}/nothing?sig=secret")
+    assert "secret" not in str(caught.value)
+
+
+def test_blanks_and_letters_of_a_path(data, tmp_path):
+    (tmp_path / "web" / "x.tar").rename(tmp_path / "web" / "ein \u00fc.tar")
+    with flaky_server(tmp_path / "web", Plan()) as (url, served):
+        assert digest(f"{url}/ein \u00fc.tar?a=b c") == hashlib.sha256(data).hexdigest()
+        assert digest(f"{url}/ein%20%C3%BC.tar") == hashlib.sha256(data).hexdigest()
+    assert served.requests[0][0] == "/ein%20%C3%BC.tar?a=b%20c"
+    with pytest.raises(FetchError, match="check the address"):
+        digest("http://h:port/x.tar")
+
+
+def test_what_is_sent_compressed_is_refused(data, tmp_path):
+    """Object stores send what was stored with an encoding, whatever is asked for."""
+    server = flaky_server(tmp_path / "web", Plan(headers={"Content-Encoding": "gzip"}))
+    match = r"x\.tar: the server sends it compressed \(Content-Encoding: gzip\)"
+    with server as (url, served), pytest.raises(FetchError, match=match):
+        digest(f"{url}/x.tar")
+    assert len(served.requests) == 1
+
+
 def test_commands(data, tmp_path):
     right = hashlib.sha256(data).hexdigest()
     path = tmp_path / "web" / "x.tar"
@@ -226,3 +282,14 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(FetchError, match="the scheme nonsense:// is not known"):
         digest("nonsense://bucket/x.tar")
+
+
+def test_what_is_published_holds_no_secret(small):
+    from psn_train.publish.hub import shown_recipe
+    from psn_train.recipe import check_recipe, recipe_hash
+
+    url = "https://me:secret@h/train?sig=secret"
+    recipe = check_recipe(small(data={"train": url, "val": None, "hold_out": 10}))
+    shown = shown_recipe(recipe)
+    assert shown["data"]["train"] == "https://h/train?..." and "secret" not in str(shown)
+    assert recipe_hash(type(recipe).model_validate(shown)) == recipe_hash(recipe) and recipe.data.train == url

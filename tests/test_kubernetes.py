@@ -54,6 +54,15 @@ def keys(value, path: str = "") -> set[str]:
     return set()
 
 
+def test_the_recipe_finds_all_its_shards_on_the_volume():
+    _, jobset = documents()
+    (container,) = job(jobset)["spec"]["template"]["spec"]["containers"]
+    (mount,) = [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "data"]
+    recipe = load_recipe(recipe_path(container["args"][0]), container["args"][1:])
+    named = [where for where in (recipe.data.train, recipe.data.val, recipe.data.test, recipe.run_dir) if where]
+    assert len(named) >= 3 and all(where.startswith(f"{mount}/") for where in named)
+
+
 def test_the_jobset_is_one():
     _, jobset = documents()
     assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and jobset["kind"] == "JobSet"

@@ -7,14 +7,14 @@ import pytest
 from conftest import merged, train_here
 
 from psn_train.cli import main
-from psn_train.data.index import load_index, save_index
+from psn_train.data.index import ShardError, load_index, save_index
 from psn_train.plan.communication import DDP_BUCKET, batch_norm_channels, communication, gradient_traffic
 from psn_train.plan.hardware import GPUS, Cluster
 from psn_train.plan.hours import from_run
 from psn_train.plan.memory import ZERO_BUCKET, GpuMemory, gpu_memory, largest_micro_batch
 from psn_train.plan.report import Question, make_report
 from psn_train.recipe import check_recipe, load_recipe, recipe_path
-from psn_train.training.build import build_model
+from psn_train.training.build import build_model, check_order, open_splits
 from psn_train.training.memory import UpdateMemory
 
 AUTHORS = "sew_resnet18_psn.tet_t4_in1k"
@@ -140,6 +140,14 @@ def test_a_batch_that_does_not_fit_is_refused_with_one_that_does():
         (["model.name=sew_resnet19_psn"], Cluster(), {}, "model.name: 'sew_resnet19_psn'"),
         (["data.train_samples=null"], Cluster(), {}, "set data.train_samples"),
         (["data.hold_out=2000000"], Cluster(), {}, "data.hold_out"),
+        (
+            ["optim.name=lamb", "optim.weight_decay=0.01"],
+            Cluster(1, 8, "zero1"),
+            {},
+            "optim.name: Lamb under DeepSpeed",
+        ),
+        (["optim.name=nonsense"], Cluster(), {}, "timm has no optimiser 'nonsense'"),
+        (["optim.name=muon"], Cluster(), {}, "the memory of muon cannot be counted"),
     ],
 )
 def test_what_cannot_work_is_refused(overrides, cluster, question, found):
@@ -173,6 +181,8 @@ def test_decoding_limits_a_run():
     assert report.hours.limited_by == "decoding" and report.hours.images_per_second == 2 * 4 * 4 * 50
     assert "40 would keep up" in report.notes[0]
     assert report.reading.bytes_per_second == pytest.approx(1600 * 147.8e9 / 1_281_167)
+    # an evaluation is decoded by the same cores: 320 times 10,000 samples, and the test's 50,000 twice
+    assert report.hours.evaluation_hours == pytest.approx((320 * 10_000 + 2 * 50_000) / 1600 / 3600)
     enough = make_report(packaged("data.workers=40"), Cluster(2, 4), quick)
     assert enough.hours.limited_by == "devices"
 
@@ -185,27 +195,49 @@ def test_shards_that_are_there_tell_their_bytes(small, digit_shards, tmp_path):
     assert report.reading.bytes_per_epoch == index.num_bytes
     assert report.reading.bytes_per_second == pytest.approx(index.num_bytes / 150 * report.hours.images_per_second)
     assert report.reading.cores_per_node == pytest.approx(0.2)
-    # the same shards behind a URL, and a cache that holds not even those that are read side by side
+
+
+def test_a_cache_that_training_refuses_is_refused(small, digit_shards, tmp_path, monkeypatch):
+    """The same shards behind URLs: plan and trainer want the same room on each node."""
+    index = load_index(digit_shards / "train")
     remote = tmp_path / "remote"
     remote.mkdir()
     shards = [type(s)(**{**vars(s), "name": f"http://127.0.0.1:9/{s.name}"}) for s in index.shards]
     save_index(type(index)(**{**vars(index), "shards": shards}), remote)
-    sizes = sorted((shard.num_bytes for shard in shards), reverse=True)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2"), monkeypatch.setenv("WORLD_SIZE", "4"), monkeypatch.setenv("RANK", "0")
 
-    def with_cache(size: float):
-        document = small(data={"train": str(remote), "cache_gb": size / 1e9})
-        return make_report(check_recipe(document), Cluster())
+    def refused(gigabytes: float, **data) -> tuple[bool, bool]:
+        document = small(data={"train": str(remote), "val": None, "cache_gb": gigabytes, "streams": 2, **data})
+        recipe = check_recipe(document)
+        report = make_report(recipe, Cluster(2, 2))
+        try:
+            check_order(recipe, report.plan, open_splits(recipe))
+        except ShardError as error:
+            assert "data.cache_gb" in str(error)
+            return any("data.cache_gb: got" in problem for problem in report.problems), True
+        return any("data.cache_gb: got" in problem for problem in report.problems), False
 
-    assert "data.cache_gb" in with_cache(sum(sizes[:3]) - 1).problems[0]
-    between = with_cache(sum(sizes[:4]))
-    assert between.problems == [] and "every epoch fetches them anew" in between.notes[0]
-    assert with_cache(index.num_bytes).notes == []
+    whole = index.num_bytes / 1e9
+    for data in ({"hold_out": 0}, {"hold_out": 20}, {"hold_out": 0, "val": str(digit_shards / "val")}):
+        found = [refused(whole * share, **data) for share in (0.1, 0.5, 0.8, 1.0, 1.2, 1.6, 2.0, 3.0)]
+        assert all(plan == trainer for plan, trainer in found) and found[0][0] and not found[-1][0], found
+    small_one = small(data={"train": str(remote), "val": None, "hold_out": 0, "cache_gb": whole * 0.99, "streams": 1})
+    assert "every epoch fetches them anew" in make_report(check_recipe(small_one), Cluster()).notes[0]
+    small_one["data"]["cache_gb"] = whole
+    assert make_report(check_recipe(small_one), Cluster()).notes == []
+
+
+def test_evaluations_are_counted_by_the_shards_that_are_there(small):
+    """The recipe states no number of val's samples; its index does."""
+    report = make_report(check_recipe(small(schedule={"epochs": 4})), Cluster(), Question(images_per_second=100))
+    assert report.hours.evaluation_hours == pytest.approx(4 * 50 / 300 / 3600)
 
 
 def test_resident_images_take_memory_and_no_cores(small):
     recipe = check_recipe(small(data={"resident": True}))
     report = make_report(recipe, Cluster(), Question(images_per_second=100))
-    assert report.memory.resident_images == 150 * 16 * 16
+    # the 50 of val, too
+    assert report.memory.resident_images == 200 * 16 * 16
     assert report.reading.bytes_per_epoch == 0 and report.reading.cores_per_node is None
 
 
@@ -223,6 +255,9 @@ def test_throughput_of_a_run(small):
     other = check_recipe(merged(document, {"model": {"T": 4}}))
     with pytest.raises(ValueError, match=r"model\.T: 2 there, 4 here"):
         from_run(document["run_dir"], other)
+    wider = check_recipe(merged(document, {"model": {"args": {"width": 16}}}))
+    with pytest.raises(ValueError, match=r"model\.args\.width: 8 there, 16 here"):
+        from_run(document["run_dir"], wider)
     with pytest.raises(ValueError, match="no log and checkpoint of a run"):
         from_run(document["run_dir"] + "x", recipe)
 

@@ -167,7 +167,7 @@ def _train_shards(recipe) -> tuple[int | None, str, str | None]:
     index = indices["train"]
     return (
         index.num_samples,
-        f"{recipe.data.train}, {len(index.shards)} shards, {len(index.classes)} classes",
+        f"{index.place}, {len(index.shards)} shards, {len(index.classes)} classes",
         recordings,
     )
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from psn_train.data.cache import Claims
-from psn_train.data.index import ShardError
+from psn_train.data.index import ShardError, ShardIndex
 from psn_train.data.reader import SampleReader
 
 # shards that a process fetches at the same time
@@ -56,10 +56,11 @@ def most_at_once(needs: list[Need], sizes: list[int], lag: int) -> tuple[int, in
 
     Args:
         sizes: bytes of each shard of the index.
-        lag: items that a shard is kept after its last, since another process may be behind.
+        lag: items that a shard is kept before its first and after its last, since another process may be before or
+            behind the one that keeps it.
     """
     changes = [(need.first, 1, sizes[need.shard]) for need in needs]
-    changes += [(need.last + lag + 1, -1, -sizes[need.shard]) for need in needs]
+    changes += [(need.last + 2 * lag + 1, -1, -sizes[need.shard]) for need in needs]
     shards = taken = most_shards = most_bytes = 0
     for _, count, size in sorted(changes):
         shards, taken = shards + count, taken + size
@@ -77,6 +78,33 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
+def least_room(needs: list[Need], sizes: list[int], lag: int, processes: int) -> tuple[int, int]:
+    """(shards that a process reads at the same time, bytes that the processes of a node do) at most, in any epoch.
+
+    Args:
+        needs: of a process, in an epoch. Another epoch follows: where the two meet shards of both are needed.
+        sizes: bytes of each shard of the index.
+        lag: see `most_at_once`.
+    """
+    period = 1 + max(need.last for need in needs) - min(need.first for need in needs)
+    following = [Need(need.shard, need.first + period, need.last + period) for need in needs]
+    shards, taken = most_at_once(needs + following, sizes, lag)
+    # all of them together never need more than there is
+    return min(shards, len(sizes)), min(processes * taken, sum(sizes))
+
+
+def evaluation_room(train: ShardIndex, others: list[ShardIndex], held_out: int, processes: int) -> int:
+    """Bytes of a cache that evaluations want: for each process of a node a shard and the next one, and what stays.
+
+    Args:
+        others: the shards of `val` and `test`.
+        held_out: samples of the training shards; these stay, and an evaluation before that reads training shards.
+    """
+    read = [train, *others] if held_out else others
+    largest = max((shard.num_bytes for index in read for shard in index.shards), default=0)
+    return 2 * processes * largest + int(train.num_bytes * held_out / train.num_samples * 1.5)
+
+
 def check_cache(reader: SampleReader, needs: list[Need], lag: int) -> None:
     """Hold the cache against what the order of training needs of it.
 
@@ -88,30 +116,30 @@ def check_cache(reader: SampleReader, needs: list[Need], lag: int) -> None:
     """
     cache = reader.cache
     sizes = [shard.num_bytes for shard in reader.index.shards]
-    shards, wanted = most_at_once(needs, sizes, lag)
     here = processes_here()
-    least = here * wanted + cache.spared
+    shards, wanted = least_room(needs, sizes, lag, here)
+    least = wanted + cache.spared
     each = f"{shards} at a time by each of {here} processes" if here > 1 else f"{shards} at a time"
-    what = f"the shards that training reads on this node ({each}) and those of an evaluation take {_gb(least)} GB"
+    what = f"the shards that training reads on this node ({each}) and those of an evaluation take {gigabytes(least)} GB"
     if least > cache.bound:
         raise ShardError(
-            f"data.cache_gb: got {_gb(cache.bound)}, but {what}: with less, shards would be fetched again and again. "
-            f"Set data.cache_gb: {_gb(least)} or more, or fewer data.streams (under data.shuffle: full all shards are "
-            "read at a time)."
+            f"data.cache_gb: got {gigabytes(cache.bound)}, but {what}: with less, shards would be fetched again and "
+            f"again. Set data.cache_gb: {gigabytes(least)} or more, or fewer data.streams (under data.shuffle: full "
+            "all shards are read at a time)."
         )
     folder = cache.folder
-    there = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    there = cache.kept_bytes() if folder.exists() else 0
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if least > free + there:
         raise ShardError(
-            f"data.cache_dir: {cache.folder} has {_gb(free + there)} GB of room on its disk, but {what}. Make room "
-            "there, set data.cache_dir to a folder on another disk, or fewer data.streams."
+            f"data.cache_dir: {cache.folder} has {gigabytes(free + there)} GB of room on its disk, but {what}. Make "
+            "room there, set data.cache_dir to a folder on another disk, or fewer data.streams."
         )
 
 
-def _gb(size: float) -> str:
+def gigabytes(size: float) -> str:
     """10^9 bytes in three digits, rounded up: to be put into a recipe."""
     unit = 10.0 ** (np.floor(np.log10(max(size, 1))) - 2)
     return f"{np.ceil(size / unit) * unit / 1e9:.9f}".rstrip("0").rstrip(".")
@@ -145,9 +173,11 @@ class FetchAhead:
         held = [need for need in self.held if need.last + self.lag >= item]
         asked = []
         while (need := self._peek()) is not None:
-            taken = sum(self.sizes[shard] for shard in {other.shard for other in held})
-            ahead = taken + self.sizes[need.shard] <= self.budget and len(held) < 2 * self.most
-            if need.first > item + self.lag and not ahead:
+            near = need.first <= item + self.lag
+            # where two epochs meet there may be more of them than the start has counted
+            while near and not self._has_room(held, need) and (behind := [old for old in held if old.last < item]):
+                held.remove(min(behind, key=lambda old: old.last))
+            if need.first > item and not (self._has_room(held, need) and (near or len(held) < 2 * self.most)):
                 break
             self.next.pop()
             if need.last + self.lag >= item:
@@ -165,6 +195,10 @@ class FetchAhead:
         if self.claims is not None:
             self.claims.close()
 
+    def _has_room(self, held: list[Need], need: Need) -> bool:
+        shards = {need.shard, *(other.shard for other in held)}
+        return sum(self.sizes[shard] for shard in shards) <= self.budget
+
     def _peek(self) -> Need | None:
         """The need that comes next. `next` has them the last first."""
         while not self.next:
@@ -178,8 +212,8 @@ class FetchAhead:
     def _fetch(self) -> None:
         while (shard := self.wanted.get()) >= 0:
             # whoever reads from it says what was wrong
-            with contextlib.suppress(ShardError):
+            with contextlib.suppress(ShardError, OSError):
                 # an evaluation of held-out samples needs no shards whose samples are kept apart
                 apart = self.claims is None and self.reader.has_held(shard)
                 if self.reader.remote_url(shard) is not None and not apart:
-                    self.reader.fetch(shard)
+                    self.reader.fetch(shard, early=True)

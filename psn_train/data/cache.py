@@ -2,12 +2,14 @@
 
     <sha256>.tar          a whole shard; its time of change is that of its last use
     <...>.held            samples of a shard that are evaluated again and again; they stay
+    .<...>.held.tmp       such samples while they are written, with the lock on the room
     .<sha256>.tar.tmp     one that is being fetched, of its final size from the beginning
     .<sha256>.tar.lock    locked by the process that fetches it; the others wait
-    .room.lock            locked while room is made, or claims are changed
+    .room.lock            locked while room is made, a shard gets its name or loses it, or claims are changed
     .claims.<...>         names that a process needs still, and that are not removed; locked as long as it lives
 
-Locks end with their process. So what a killed process leaves behind is known by its lock, and removed.
+Locks end with their process. So what a killed process leaves behind is known by its lock, and removed. Files of other
+names are none of the cache's: they are neither counted nor removed.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import threading
 import time
@@ -28,6 +31,11 @@ from psn_train.data.index import Shard, ShardError
 from psn_train.recipe.schema import Data
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+# whoever sets data.cache_dir to a folder of other archives keeps these
+_SHARD = re.compile(r"[0-9a-f]{16}\.tar")
+_FETCHED = re.compile(r"\.[0-9a-f]{16}\.tar\.tmp")
+_HELD = re.compile(r"[0-9a-f]{16}\.tar\.[0-9a-f]{8}\.held")
+_HELD_WRITTEN = re.compile(r"\.[0-9a-f]{16}\.tar\.[0-9a-f]{8}\.held\.tmp")
 # seconds between two looks for room
 _LOOK_EVERY = 0.2
 # seconds for which a process does not try again what it could not fetch
@@ -54,8 +62,11 @@ class ShardCache:
     def path_of(self, shard: Shard) -> Path:
         return self.folder / _name(shard)
 
-    def fetch(self, url: str, shard: Shard) -> Path:
+    def fetch(self, url: str, shard: Shard, *, early: bool = False) -> Path:
         """The local copy of a shard; fetched and checked if there is none.
+
+        Args:
+            early: nobody reads it yet; when somebody does, a failure of now does not count.
 
         Raises:
             ShardError: it cannot be fetched, or what comes is not what the index says; CacheError where it is for want
@@ -71,7 +82,8 @@ class ShardCache:
         try:
             return self._fetch(url, shard, path)
         except ShardError as error:
-            self._failed[path.name] = time.monotonic(), error
+            if not early:
+                self._failed[path.name] = time.monotonic(), error
             raise
 
     def held_path(self, shard: Shard, positions: list[int]) -> Path:
@@ -85,12 +97,11 @@ class ShardCache:
         if path.exists():
             return
         # without room, or the shard any more, they are read out of the shard when it comes again
-        aside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_native_id()}.tmp")
+        aside = path.with_name(f".{path.name}.tmp")
         size = sum(shard.offsets[position + 1] - shard.offsets[position] for position in positions)
-        with contextlib.suppress(OSError):
-            with _locked(self.folder / ".room.lock"):
-                if self._make_room(size, but=_name(shard)) is not None:
-                    return
+        with contextlib.suppress(OSError, CacheError), self._room():
+            if self._make_room(size, but=_name(shard)) is not None:
+                return
             try:
                 with open(self.path_of(shard), "rb") as source, open(aside, "wb") as file:
                     for position in positions:
@@ -99,6 +110,30 @@ class ShardCache:
                 os.replace(aside, path)
             finally:
                 aside.unlink(missing_ok=True)
+
+    def remove(self, shard: Shard) -> None:
+        """Remove the local copy of a shard, which is damaged."""
+        with self._room():
+            self.path_of(shard).unlink(missing_ok=True)
+
+    def kept_bytes(self) -> int:
+        """Bytes of the shards that are here."""
+        return sum(size for _, size in self._files(_SHARD))
+
+    def _room(self) -> contextlib.AbstractContextManager[None]:
+        """What is counted does not change meanwhile: shards get and lose their names under this lock."""
+        return _locked(self.folder / ".room.lock")
+
+    def _files(self, pattern: re.Pattern) -> list[tuple[Path, int]]:
+        """(path, bytes) of the cache's files whose names match."""
+        found = []
+        with _whole_folder(self.folder), os.scandir(self.folder) as entries:
+            for entry in entries:
+                # somebody else may remove one
+                with contextlib.suppress(FileNotFoundError):
+                    if pattern.fullmatch(entry.name):
+                        found.append((Path(entry.path), entry.stat().st_size))
+        return found
 
     def _fetch(self, url: str, shard: Shard, path: Path) -> Path:
         with _whole_folder(self.folder):
@@ -112,7 +147,8 @@ class ShardCache:
                 self._fetch_checked(url, shard, aside)
                 with _whole_folder(self.folder), open(aside, "rb") as file:
                     os.fsync(file.fileno())
-                os.replace(aside, path)
+                with self._room():
+                    os.replace(aside, path)
             except FetchError as error:
                 raise ShardError(str(error)) from error
             finally:
@@ -158,7 +194,7 @@ class ShardCache:
             except OSError as error:
                 if error.errno not in _FULL:
                     raise CacheError(f"{aside} cannot be written: {error}") from error
-                with _locked(self.folder / ".room.lock"):
+                with self._room():
                     freed = self._remove_oldest()
                 if not freed:
                     raise CacheError(
@@ -174,12 +210,12 @@ class ShardCache:
         """
         if shard.num_bytes > self.bound:
             raise CacheError(
-                f"{shard.name} has {shard.num_bytes / 1e9:.3g} GB, data.cache_gb is {self.bound / 1e9:.3g}; "
+                f"{shard.shown} has {shard.num_bytes / 1e9:.3g} GB, data.cache_gb is {self.bound / 1e9:.3g}; "
                 "set it to more"
             )
         deadline = time.monotonic() + self.patience.stall_s
         while True:
-            with _locked(self.folder / ".room.lock"):
+            with self._room():
                 self._remove_leftovers()
                 aside.unlink(missing_ok=True)
                 missing = self._make_room(shard.num_bytes)
@@ -188,7 +224,7 @@ class ShardCache:
                         file.truncate(shard.num_bytes)
                     return
             if time.monotonic() > deadline:
-                raise CacheError(f"{self.folder}: no room for {shard.name}, {missing}")
+                raise CacheError(f"{self.folder}: no room for {shard.shown}, {missing}")
             time.sleep(_LOOK_EVERY)
 
     def _make_room(self, wanted: int, but: str = "") -> str | None:
@@ -196,11 +232,10 @@ class ShardCache:
         wants for. Holds the room's lock.
         """
         while True:
-            patterns = ("*.tar", ".*.tar.tmp", "*.held")
-            kept = [path.stat() for pattern in patterns for path in self.folder.glob(pattern)]
-            used = sum(stat.st_size for stat in kept)
+            fetched = self._files(_FETCHED)
+            used = self.kept_bytes() + sum(size for _, size in [*fetched, *self._files(_HELD)])
             # what is being fetched is still to take its room
-            promised = sum(max(0, stat.st_size - 512 * stat.st_blocks) for stat in kept)
+            promised = sum(max(0, size - _taken(path)) for path, size in fetched)
             free = shutil.disk_usage(self.folder).free
             if used + wanted <= self.bound and wanted + promised <= free:
                 return None
@@ -220,18 +255,20 @@ class ShardCache:
         read on. Holds the room's lock.
         """
         claimed = self._claimed() | {but}
-        spare = [path for path in self.folder.glob("*.tar") if path.name not in claimed]
+        spare = [path for path, _ in self._files(_SHARD) if path.name not in claimed]
         if not spare:
             return False
-        min(spare, key=lambda path: path.stat().st_mtime_ns).unlink()
+        min(spare, key=_last_use).unlink(missing_ok=True)
         return True
 
     def _remove_leftovers(self) -> None:
-        """Remove what killed processes were fetching."""
-        for aside in self.folder.glob(".*.tar.tmp"):
+        """Remove what killed processes were fetching or writing. Holds the room's lock."""
+        for aside, _ in self._files(_FETCHED):
             lock = aside.with_suffix(".lock")
             with contextlib.suppress(BlockingIOError), _locked(lock, wait=False):
                 aside.unlink(missing_ok=True)
+        for aside, _ in self._files(_HELD_WRITTEN):
+            aside.unlink(missing_ok=True)
 
     def _claimed(self) -> set[str]:
         """Names that living processes need. Holds the room's lock."""
@@ -262,7 +299,7 @@ class Claims:
         with _whole_folder(cache.folder):
             cache.folder.mkdir(parents=True, exist_ok=True)
         path = cache.folder / f".claims.{os.uname().nodename}.{os.getpid()}.{threading.get_native_id()}.{id(self)}"
-        with _locked(cache.folder / ".room.lock"):
+        with _locked(cache.folder / ".room.lock"), _whole_folder(cache.folder):
             self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (locked as long as it is open)
             fcntl.flock(self._file, fcntl.LOCK_EX)
         self._path = path
@@ -270,7 +307,7 @@ class Claims:
     def set(self, shards: Iterable[Shard]) -> None:
         """Claim these, and no others any more."""
         text = "\n".join(sorted({_name(shard) for shard in shards}))
-        with _locked(self.cache.folder / ".room.lock"):
+        with _locked(self.cache.folder / ".room.lock"), _whole_folder(self.cache.folder):
             self._file.seek(0)
             self._file.truncate()
             self._file.write(text)
@@ -283,6 +320,21 @@ class Claims:
 
 def _name(shard: Shard) -> str:
     return f"{shard.sha256[:16]}.tar"
+
+
+def _taken(path: Path) -> int:
+    """Bytes that a file takes on the disk by now."""
+    try:
+        return 512 * path.stat().st_blocks
+    except FileNotFoundError:
+        return 0
+
+
+def _last_use(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _touch(path: Path) -> bool:
@@ -299,11 +351,19 @@ def _touch(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Raises BlockingIOError where another has the lock and we shall not wait."""
+    """Raises BlockingIOError where another has the lock and we shall not wait, CacheError where there can be none."""
     with _whole_folder(path.parent):
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise CacheError(
+                f"{path.parent}: {error.strerror}: there are no locks on that file system, and several processes use "
+                "the cache of shards. Set data.cache_dir to a folder on a disk of this machine."
+            ) from error
         yield
     finally:
         os.close(file)

@@ -35,13 +35,13 @@ def check_kind(index: ShardIndex, recipe: Recipe, key: str) -> None:
     if recipe.events is None:
         if index.kind == "events":
             raise ShardError(
-                f"{key}: {index.location} holds recordings of an event camera, and the recipe has no section `events`; "
+                f"{key}: {index.place} holds recordings of an event camera, and the recipe has no section `events`; "
                 "add it, with model.in_chans: 2, or name shards of images"
             )
         return
     if index.kind != "events":
         raise ShardError(
-            f"{key}: {index.location} holds {index.kind}, and the recipe has a section `events`, which is of "
+            f"{key}: {index.place} holds {index.kind}, and the recipe has a section `events`, which is of "
             "recordings; name shards that `psn shards` made of recordings, or leave the section out"
         )
     sensor_of(index)
@@ -51,12 +51,12 @@ def check_kind(index: ShardIndex, recipe: Recipe, key: str) -> None:
     danger = f"and the recipe's events.split is {wanted}: some of its test samples may be training samples there. "
     if found is None or found["rule"] == UNKNOWN:
         raise ShardError(
-            f"{key}: the shards in {index.location} say nothing of their split, {danger}If `psn shards` wrote them, "
+            f"{key}: the shards in {index.place} say nothing of their split, {danger}If `psn shards` wrote them, "
             "index them in the folder where their own index.json lies: `psn shards index` takes the split over from "
             "it. Else only a recipe that is not trained yet may leave events.split out, and the split is then unknown"
         )
     raise ShardError(
-        f"{key}: the shards in {index.location} were split by {split_words(found)}, {danger}Take shards of that split, "
+        f"{key}: the shards in {index.place} were split by {split_words(found)}, {danger}Take shards of that split, "
         f"as `psn shards` writes them; only a recipe that is not trained yet may say events.split: {found['rule']}"
     )
 
@@ -75,7 +75,7 @@ def check_one_split(trained_on: dict | None, index: ShardIndex, key: str) -> Non
         return
     if identity(trained_on) != identity(found):
         raise ShardError(
-            f"{key}: the shards in {index.location} are of the split {split_words(found)}, and the training shards of "
+            f"{key}: the shards in {index.place} are of the split {split_words(found)}, and the training shards of "
             f"the split {split_words(trained_on)}: samples of the one may be among those of the other. Take both from "
             "one run of `psn shards`"
         )
@@ -98,7 +98,7 @@ def check_trained_sensor(trained_on: list[int] | None, index: ShardIndex, key: s
     if index.kind == "events" and trained_on is not None and tuple(trained_on) != sensor_of(index):
         width, height = sensor_of(index)
         raise ShardError(
-            f"{key}: the recordings in {index.location} are of a sensor of {width} x {height} pixels, and the network "
+            f"{key}: the recordings in {index.place} are of a sensor of {width} x {height} pixels, and the network "
             f"was trained on one of {trained_on[0]} x {trained_on[1]}; other data?"
         )
 
@@ -112,7 +112,7 @@ def sensor_of(index: ShardIndex) -> tuple[int, int]:
     sensor = index.plan.get("events", {}).get("sensor")
     if not (isinstance(sensor, list) and len(sensor) == 2 and all(isinstance(side, int) for side in sensor)):
         raise ShardError(
-            f"{index.location}: its index says nothing of the sensor of its recordings ({sensor!r}); write the shards "
+            f"{index.place}: its index says nothing of the sensor of its recordings ({sensor!r}); write the shards "
             "with `psn shards`, which notes it"
         )
     return tuple(sensor)

@@ -40,6 +40,8 @@ _PROGRESS = 1 << 20
 _LONGEST_WAIT = 60.0
 _LONGEST_RETRY_AFTER = 600.0
 _PASSING = {408, 425, 429}
+# characters of a URL's path and query
+_AS_THEY_ARE = "%/:;,@&=+$!*'()~?[]"
 # packages of fsspec's filesystems, where they are not called as fsspec says
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 _PACKAGES |= {"hf": "huggingface_hub", "oci": "ocifs", "webdav": "webdav4"}
@@ -132,13 +134,17 @@ def fetch_bytes(url: str, patience: Patience) -> bytes:
 
 
 def hide_password(url: str) -> str:
-    """The URL as messages may show it: `user:password@` and a query's values are left out."""
-    if not url.startswith(("http://", "https://")):
-        return url
-    parts = urllib.parse.urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    query = "..." if parts.query else ""
-    return urllib.parse.urlunsplit((parts.scheme, host, parts.path, query, ""))
+    """A URL or a command as messages may show it: without `user:password@`, a query's values, and credentials of curl
+    and wget.
+    """
+    text = re.sub(r"(\w://)[^/\s'\"@]*@", r"\1", url)
+    text = re.sub(r"(\w://[^\s?'\"]*)\?[^\s'\"]*", r"\1?...", text)
+    if not url.startswith("pipe:"):
+        return text
+    secret = r"(?i)((?:authorization|[\w-]*(?:token|key|secret|password))"
+    text = re.sub(secret + r"\s*:\s*)[^'\"]+", r"\1...", text)
+    text = re.sub(secret + r"=)[^'\"\s]+", r"\1...", text)
+    return re.sub(r"(\s(?:-u|--user)[\s=]+)\S+", r"\1...", text)
 
 
 class _Says:
@@ -165,7 +171,7 @@ def _source(url: str) -> Callable[[int, float], Iterator[bytes]]:
     """What makes one attempt: source(position, stall_s) yields the bytes from `position` on."""
     if url.startswith("pipe:"):
         if os.environ.get("WDS_SECURE", "0") != "0":
-            raise FetchError(f"{url}: WDS_SECURE forbids commands")
+            raise FetchError(f"{hide_password(url)}: WDS_SECURE forbids commands")
         return lambda position, stall_s: _passed_over(_command(url.removeprefix("pipe:"), stall_s), position)
     if url.startswith(("http://", "https://")):
         return _Http(url).attempt
@@ -188,7 +194,9 @@ class _Http:
         self.shown = hide_password(url)
         parts = urllib.parse.urlsplit(url)
         login, _, host = parts.netloc.rpartition("@")
-        self.url = urllib.parse.urlunsplit(parts._replace(netloc=host, fragment=""))
+        # blanks and letters that are no ASCII; what is quoted already stays
+        path, query = (urllib.parse.quote(part, safe=_AS_THEY_ARE) for part in (parts.path, parts.query))
+        self.url = urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
         self.login = urllib.parse.unquote(login)
         self.version: tuple[str | None, int | None] | None = None
 
@@ -206,6 +214,8 @@ class _Http:
         try:
             with urllib.request.urlopen(request, timeout=stall_s) as response:
                 yield from self._body(response, position)
+        except http.client.InvalidURL as error:
+            raise FetchError(f"{self.shown}: {error}; check the address") from error
         except urllib.error.HTTPError as error:
             with error:
                 self._refused(error)
@@ -231,6 +241,12 @@ class _Http:
         raise FetchError(f"{self.shown}: {text}; {advice}") from error
 
     def _body(self, response: http.client.HTTPResponse, position: int) -> Iterator[bytes]:
+        coding = response.headers.get("Content-Encoding", "identity").strip().lower()
+        if coding not in ("identity", ""):
+            raise FetchError(
+                f"{self.shown}: the server sends it compressed (Content-Encoding: {coding}), although it was asked not "
+                "to. Store it as it is, without that encoding"
+            )
         length = response.headers.get("Content-Length")
         length = int(length) if length is not None and length.isdigit() else None
         start, total = 0, length
@@ -302,7 +318,8 @@ def _command(command: str, stall_s: float) -> Iterator[bytes]:
             except subprocess.TimeoutExpired as error:
                 raise _Passing(f"the command did not end within {stall_s:g} s of its output's end") from error
             if status in (126, 127):
-                raise FetchError(f"pipe:{command}: there is no such command{_last_line(errors)}")
+                shown = hide_password(f"pipe:{command}")
+                raise FetchError(f"{shown}: there is no such command{_last_line(errors)}")
             if status:
                 raise _Passing(f"the command ended with status {status}{_last_line(errors)}")
         finally:
@@ -323,16 +340,16 @@ def _other(url: str) -> Callable[[int, float], Iterator[bytes]]:
     import fsspec
     from webdataset.gopen import gopen, gopen_schemes
 
-    scheme = url.partition("://")[0]
+    scheme, shown = url.partition("://")[0], hide_password(url)
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
         if scheme in gopen_schemes:
             return lambda position, stall_s: _passed_over(_pumped(lambda: gopen(url), 0, stall_s), position)
         if isinstance(error, ValueError):
-            raise FetchError(f"{url}: the scheme {scheme}:// is not known") from error
+            raise FetchError(f"{shown}: the scheme {scheme}:// is not known") from error
         package = _PACKAGES.get(scheme) or getattr(error, "name", None) or scheme
-        raise FetchError(f"{url}: shards of {scheme}:// need a package: pip install {package}") from error
+        raise FetchError(f"{shown}: shards of {scheme}:// need a package: pip install {package}") from error
     # blocks of fsspec's files are requests; its own caching of what was read is of no use here
     return lambda position, stall_s: _pumped(
         lambda: filesystem.open(path, "rb", block_size=8 * _BLOCK), position, stall_s

@@ -15,7 +15,7 @@ import numpy as np
 from psn_train.data.companions import write_companions
 from psn_train.data.event_index import UNKNOWN, identity, split_of
 from psn_train.data.events.codec import VERSION, peek
-from psn_train.data.fetch import Patience, fetch_blocks
+from psn_train.data.fetch import Patience, fetch_blocks, hide_password
 from psn_train.data.image_files import IMAGE_EXTENSIONS
 from psn_train.data.index import INDEX_NAME, Shard, ShardError, ShardIndex, is_url, load_index, pack_crcs, save_index
 from psn_train.data.pool import Bar, run_jobs
@@ -32,13 +32,15 @@ class _Stream:
     """Blocks of bytes as a file that is read from its start to its end."""
 
     def __init__(self, blocks: Iterator[bytes]):
-        self.blocks, self.rest = blocks, b""
+        self.blocks, self.block, self.at = blocks, b"", 0
 
     def read(self, size: int) -> bytes:
         """Up to `size` bytes, none at the end only."""
-        block = self.rest or next(self.blocks, b"")
-        self.rest = block[size:]
-        return block[:size]
+        if self.at == len(self.block):
+            self.block, self.at = next(self.blocks, b""), 0
+        part = self.block[self.at : self.at + size]
+        self.at += len(part)
+        return part
 
 
 @contextlib.contextmanager
@@ -95,7 +97,8 @@ def index_shards(
     out = Path(out)
     names = [_name_of(url, out) for url in expanded]
     if len(set(names)) < len(names):
-        raise ShardError(f"{next(name for name in names if names.count(name) > 1)} is named twice")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ShardError(f"{hide_password(twice)} is named twice")
     places = None if classes is None else {name: label for label, name in enumerate(classes)}
     jobs = [(url, name, places) for url, name in zip(expanded, names, strict=True)]
     found: dict[int, tuple[Shard, np.ndarray, set[str], dict]] = {}
@@ -232,13 +235,14 @@ def read_label(data: dict[str, bytes], places: dict[str, int] | None = None) -> 
 def _index_one(job: tuple, tick) -> tuple[Shard, np.ndarray, set[str], dict]:
     """One shard -> its entry in the index, samples of each class [K], the kinds of samples, totals of recordings."""
     url, name, places = job
+    shown = hide_password(name)
     offsets, crcs, labels, kinds, problems = [], [], [], set(), []
     totals = {"sensors": set(), "events": 0, "bytes": 0}
     stop = 0
     try:
         with open_stream(url) as stream:
             reader = HashingReader(stream)
-            for sample in walk_samples(reader, name, lambda extension: extension in ("cls", "json", "events")):
+            for sample in walk_samples(reader, shown, lambda extension: extension in ("cls", "json", "events")):
                 kind = sample_kind(sample.sizes)
                 # of the sample before: this one's offset is where it ends
                 crcs.append(reader.crc32_to(sample.offset))
@@ -258,13 +262,13 @@ def _index_one(job: tuple, tick) -> tuple[Shard, np.ndarray, set[str], dict]:
                 stop = sample.stop
             crcs.append(reader.crc32_to(stop))
             if rest := reader.drain():
-                raise ShardError(f"{name}: more follows the end of the archive ({rest[:16]!r} ...)")
+                raise ShardError(f"{shown}: more follows the end of the archive ({rest[:16]!r} ...)")
     except OSError as error:
-        raise ShardError(f"{name} cannot be read: {error}") from error
+        raise ShardError(f"{shown} cannot be read: {error}") from error
     if problems:
         more = f"\n  and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ShardError(
-            f"{name}: {len(problems)} of {len(offsets)} samples have no image, no recording or no class:\n  "
+            f"{shown}: {len(problems)} of {len(offsets)} samples have no image, no recording or no class:\n  "
             + "\n  ".join(problems[:_SHOWN])
             + more
         )

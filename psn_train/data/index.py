@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from psn_train.data.fetch import FetchError, Patience, fetch_bytes
+from psn_train.data.fetch import FetchError, Patience, fetch_bytes, hide_password
 
 FORMAT = "psn_train.shards/1"
 INDEX_NAME = "index.json"
@@ -54,6 +54,11 @@ class Shard:
     offsets: list[int]
     # CRC-32 (zlib's) of the bytes of each sample, from its offset to the next: see `pack_crcs`; none in older indices
     crc32: str | None = None
+
+    @property
+    def shown(self) -> str:
+        """The name as messages may show it."""
+        return hide_password(self.name)
 
     def crcs(self) -> np.ndarray | None:
         """uint32 [num_samples], or None where the index has none."""
@@ -97,7 +102,26 @@ class ShardIndex:
         """Path, URL or `pipe:` command that yields the bytes of `shard`."""
         if is_url(shard.name) or os.path.isabs(shard.name) or not self.location:
             return shard.name
-        return self.location.rstrip("/") + "/" + shard.name
+        return _below(self.location, shard.name)
+
+    @property
+    def place(self) -> str:
+        """`location` as messages may show it."""
+        return hide_password(self.location)
+
+
+def _below(folder: str, name: str) -> str:
+    """The path or URL of a file in a folder. What stands behind a `?` in a web server's URL is of each of its files: a
+    signature that lets one in.
+    """
+    path, query = _without_query(folder)
+    return path.rstrip("/") + "/" + name + query
+
+
+def _without_query(url: str) -> tuple[str, str]:
+    """(a URL or path, what follows from its `?` on); only URLs of web servers have such."""
+    path, mark, query = url.partition("?") if url.startswith(("http://", "https://")) else (url, "", "")
+    return path, mark + query
 
 
 def is_url(name: str) -> bool:
@@ -153,7 +177,8 @@ def load_index(where: str | os.PathLike, patience: Patience | None = None) -> Sh
     """Read the index of a folder of shards.
 
     Args:
-        where: the folder, its `index.json`, or the URL of either (http, https and what else `fetch` knows).
+        where: the folder, its `index.json`, or the URL of either (http, https and what else `fetch` knows). A query,
+            such as a signature, goes to all files of the folder.
         patience: with a failing URL.
 
     Raises:
@@ -161,17 +186,19 @@ def load_index(where: str | os.PathLike, patience: Patience | None = None) -> Sh
         ShardError: it is not an index of this format, or its numbers contradict each other.
     """
     where = os.fspath(where)
-    url = where if where.endswith(".json") else where.rstrip("/") + "/" + INDEX_NAME
+    url = where if _without_query(where)[0].endswith(".json") else _below(where, INDEX_NAME)
+    path, query = _without_query(url)
+    where, shown = hide_password(where), hide_password(url)
     try:
         text = _fetch_json(url, patience or Patience()) if is_url(url) else Path(url).read_bytes()
     except FetchError as error:
         raise NoShards(f"no shards at {where}: {error}. An index is what `psn shards` writes beside them.") from error
     except (OSError, ValueError) as error:
-        raise NoShards(f"no shards at {where}: {url} cannot be read ({error}). {_advice(where)}") from error
+        raise NoShards(f"no shards at {where}: {shown} cannot be read ({error}). {_advice(where)}") from error
     try:
         document = json.loads(text)
         if document.get("format") != FORMAT:
-            raise ShardError(f"{url}: format is {document.get('format')!r}, wanted {FORMAT!r}")
+            raise ShardError(f"{shown}: format is {document.get('format')!r}, wanted {FORMAT!r}")
         index = ShardIndex(
             kind=document["kind"],
             split=document["split"],
@@ -179,19 +206,21 @@ def load_index(where: str | os.PathLike, patience: Patience | None = None) -> Sh
             class_histogram=document["class_histogram"],
             shards=[Shard(**shard) for shard in document["shards"]],
             plan=document["plan"],
-            location=url.rsplit("/", 1)[0] if "/" in url else ".",
+            location=(path.rpartition("/")[0] if "/" in path else ".") + query,
         )
     except ShardError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShardError(f"{url} is not an index of shards: {error!r}. {_ANEW}") from error
+        raise ShardError(f"{shown} is not an index of shards: {error!r}. {_ANEW}") from error
     for shard in index.shards:
         if len(shard.offsets) != shard.num_samples + 1 or sorted(shard.offsets) != shard.offsets:
-            raise ShardError(f"{url}: {shard.name} states {shard.num_samples} samples but {len(shard.offsets)} offsets")
+            raise ShardError(
+                f"{shown}: {shard.shown} states {shard.num_samples} samples but {len(shard.offsets)} offsets"
+            )
         if shard.crc32 is not None and len(shard.crc32) != -(-4 * shard.num_samples // 3) * 4:
-            raise ShardError(f"{url}: {shard.name} has not as many CRC-32 as samples. {_ANEW}")
+            raise ShardError(f"{shown}: {shard.shown} has not as many CRC-32 as samples. {_ANEW}")
     if index.num_samples != document["num_samples"]:
         raise ShardError(
-            f"{url}: states {document['num_samples']} samples in all, its shards add up to {index.num_samples}"
+            f"{shown}: states {document['num_samples']} samples in all, its shards add up to {index.num_samples}"
         )
     return index

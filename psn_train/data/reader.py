@@ -15,6 +15,7 @@ import zlib
 import numpy as np
 
 from psn_train.data.cache import ShardCache
+from psn_train.data.fetch import hide_password
 from psn_train.data.index import Shard, ShardError, ShardIndex, is_url
 
 _OPEN_FILES = 128
@@ -55,7 +56,7 @@ class SampleReader:
     def name(self, sample_id: int) -> str:
         """Where a sample stands, for messages: `shard.tar[17]`."""
         shard, position = self.locate(sample_id)
-        return f"{self.index.shards[shard].name}[{position}]"
+        return f"{self.index.shards[shard].shown}[{position}]"
 
     def read(self, sample_id: int) -> dict[str, bytes | str]:
         """The members of one sample by extension, and its `__key__`.
@@ -75,7 +76,7 @@ class SampleReader:
                 raise
             # the copy on this disk: another is fetched
             self.forget(shard_number)
-            self.cache.path_of(self.index.shards[shard_number]).unlink(missing_ok=True)
+            self.cache.remove(self.index.shards[shard_number])
             raw = self._bytes(shard_number, position)
         return parse_sample(raw, self.name(sample_id))
 
@@ -113,7 +114,7 @@ class SampleReader:
 
     def _bytes(self, shard_number: int, position: int) -> bytes:
         shard = self.index.shards[shard_number]
-        where = f"{shard.name}[{position}]"
+        where, url = f"{shard.shown}[{position}]", hide_password(self.index.shard_url(shard))
         start, stop = shard.offsets[position], shard.offsets[position + 1]
         file = self._open(shard_number, shard)
         try:
@@ -121,21 +122,21 @@ class SampleReader:
             deleted = not os.fstat(file).st_nlink
         except OSError as error:
             self.forget(shard_number)
-            raise ShardError(f"{where}: shard {self.index.shard_url(shard)} cannot be read: {error}") from error
+            raise ShardError(f"{where}: shard {url} cannot be read: {error}") from error
         # a shard that the cache has removed is whole as long as it is open
         if deleted and self.remote_url(shard_number) is None:
             self.forget(shard_number)
             raise ShardError(
-                f"{where}: shard {self.index.shard_url(shard)} was deleted or replaced while it was read. "
+                f"{where}: shard {url} was deleted or replaced while it was read. "
                 "Put it back; `psn shards verify` tells whether it is the same."
             )
         if len(raw) != stop - start:
-            raise ShardError(f"{where}: the shard ends at byte {start + len(raw)}, its index wants {shard.num_bytes}")
+            raise _Changed(f"{where}: the shard ends at byte {start + len(raw)}, its index wants {shard.num_bytes}")
         crcs = self.crcs[shard_number]
         if crcs is not None and (crc := zlib.crc32(raw)) != crcs[position]:
             raise _Changed(
                 f"{where}: its bytes changed since the index was made (CRC-32 {crc:08x}, the index says "
-                f"{int(crcs[position]):08x}): shard {self.index.shard_url(shard)} is damaged or another one. "
+                f"{int(crcs[position]):08x}): shard {url} is damaged or another one. "
                 "`psn shards verify` names all that is; put a whole copy there."
             )
         return raw
@@ -151,8 +152,8 @@ class SampleReader:
         url = self.index.shard_url(self.index.shards[shard_number])
         return url if is_url(url) and not url.startswith("file://") else None
 
-    def fetch(self, shard_number: int) -> str:
-        """The path of a shard's local copy, fetched if there is none.
+    def fetch(self, shard_number: int, *, early: bool = False) -> str:
+        """The path of a shard's local copy, fetched if there is none. `early`: see `ShardCache.fetch`.
 
         Raises:
             ShardError: it cannot be fetched, or there is no cache.
@@ -161,8 +162,8 @@ class SampleReader:
         if url is None:
             return self.index.shard_url(shard).removeprefix("file://")
         if self.cache is None:
-            raise ShardError(f"{url}: shards of URLs need a cache folder; set data.cache_dir")
-        path = self.cache.fetch(url, shard)
+            raise ShardError(f"{hide_password(url)}: shards of URLs need a cache folder; set data.cache_dir")
+        path = self.cache.fetch(url, shard, early=early)
         if held := self._held(shard_number):
             self.cache.keep(shard, held)
         return str(path)
@@ -192,7 +193,7 @@ class SampleReader:
 
 
 class _Changed(ShardError):
-    """Bytes of a sample are not those that the index was made of."""
+    """Bytes of a sample are not those that the index was made of, or are not there."""
 
 
 def parse_sample(raw: bytes, where: str) -> dict[str, bytes | str]:

@@ -58,7 +58,7 @@ class ResidentImages:
         """
         self.reader, self.device = reader, torch.device(device)
         count, side, channels = reader.index.num_samples, recipe.data.image_size, recipe.model.in_chans
-        _check_room(count, (channels, side, side), self.device, reader.index.location)
+        _check_room(count, (channels, side, side), self.device, reader.index.place)
         images = torch.empty(count, channels, side, side, dtype=torch.uint8)
         targets = torch.empty(count, dtype=torch.int64)
         self.keys: list[str] = []

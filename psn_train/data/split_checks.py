@@ -60,10 +60,10 @@ def check_counts(index: ShardIndex, wanted: int | None, key: str) -> None:
         ShardError: another number of samples, or none.
     """
     if index.num_samples == 0:
-        raise ShardError(f"{index.location}: the shards hold no samples")
+        raise ShardError(f"{index.place}: the shards hold no samples")
     if wanted is not None and index.num_samples != wanted:
         raise ShardError(
-            f"{index.location}: {index.num_samples} samples, the recipe's {key} wants {wanted}. "
+            f"{index.place}: {index.num_samples} samples, the recipe's {key} wants {wanted}. "
             f"Check the shards with `psn shards verify`, or correct {key}."
         )
 
@@ -89,8 +89,7 @@ def different_shards(indices: dict[str, ShardIndex]) -> None:
         indices: of `train`, `val` and `test`, those that there are.
     """
     problems = [
-        f"data.{key} ({indices[key].location}) and data.{other} ({indices[other].location}) are the same shards; "
-        f"{advice}"
+        f"data.{key} ({indices[key].place}) and data.{other} ({indices[other].place}) are the same shards; {advice}"
         for (key, other), advice in SAME_SHARDS.items()
         if {key, other} <= indices.keys() and indices[key].fingerprint == indices[other].fingerprint
     ]
@@ -102,5 +101,5 @@ def class_count(recipe: Recipe, index: ShardIndex) -> int:
     """Outputs of the network: the recipe's, which must not be fewer than the shards' classes."""
     wanted = recipe.model.num_classes or len(index.classes)
     if wanted < len(index.classes):
-        raise ValueError(f"model.num_classes: {wanted}, but {index.location} has {len(index.classes)} classes")
+        raise ValueError(f"model.num_classes: {wanted}, but {index.place} has {len(index.classes)} classes")
     return wanted

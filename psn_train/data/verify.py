@@ -19,6 +19,7 @@ import numpy as np
 from psn_train.data.companions import companion_texts
 from psn_train.data.events.codec import decode_events
 from psn_train.data.events.recording import EventError
+from psn_train.data.fetch import hide_password
 from psn_train.data.foreign import open_stream, read_label, sample_kind
 from psn_train.data.image_files import IMAGE_EXTENSIONS, BadImage, claimed_kind, decode_fully, sniff
 from psn_train.data.index import Shard, ShardError, ShardIndex, is_url, load_index
@@ -126,7 +127,7 @@ def verify_shards(
     """
     began = time.monotonic()
     index = load_index(where)
-    report = VerifyReport(os.fspath(where), index.split, index.kind, len(index.shards))
+    report = VerifyReport(hide_password(os.fspath(where)), index.split, index.kind, len(index.shards))
     report.problems += [Problem("", "", what) for what in _check_folder(index)]
     places = {name: label for label, name in enumerate(index.classes)}
     sensor = index.plan.get("events", {}).get("sensor")
@@ -144,9 +145,9 @@ def verify_shards(
         report.num_events += result.num_events
         report.event_bytes += result.event_bytes
         labels += result.labels
-        report.problems += [Problem(shard.name, key, what) for key, what in result.problems]
+        report.problems += [Problem(shard.shown, key, what) for key, what in result.problems]
         for name in ("cmyk", "png_in_jpeg", "misnamed"):
-            getattr(report, name).extend((shard.name, key) for key in getattr(result, name))
+            getattr(report, name).extend((shard.shown, key) for key in getattr(result, name))
     report.class_histogram = np.bincount(np.asarray(labels, np.int64), minlength=len(index.classes)).tolist()
     report.problems += _check_totals(index, report, results)
     _add_remarks(index, report)
@@ -164,7 +165,7 @@ def _verify_one(job: tuple, tick) -> _ShardResult:
         with open_stream(url) as stream:
             reader = HashingReader(stream)
             try:
-                for sample in walk_samples(reader, shard.name, lambda extension: True):
+                for sample in walk_samples(reader, shard.shown, lambda extension: True):
                     # of the sample before: this one's offset is where it ends
                     crcs.append(reader.crc32_to(sample.offset))
                     offsets.append(sample.offset)
@@ -176,7 +177,7 @@ def _verify_one(job: tuple, tick) -> _ShardResult:
                     tick(1)
                 crcs.append(reader.crc32_to(stop))
             except TarDamage as error:
-                result.problems.append(("", str(error).removeprefix(f"{shard.name}: ")))
+                result.problems.append(("", str(error).removeprefix(f"{shard.shown}: ")))
             reader.drain()
     except OSError as error:
         result.problems.append(("", f"cannot be read: {error}"))

@@ -2,7 +2,7 @@
 
     samples / (images/s of a device x devices x scaling),   scaling = compute / (compute + exposed communication)
 
-An evaluation runs forward alone, counted at three times the speed of training.
+An evaluation runs forward alone, counted at three times the speed of training, but not faster than images are decoded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from psn_train.recipe import Plan, Recipe, flatten
 from psn_train.training.checkpoint import find_checkpoint, read_meta
 
 EVALUATION_SPEEDUP = 3.0
-_DECIDE_SPEED = ("model.name", "model.T", "model.grad_checkpointing", "data.image_size", "precision.dtype")
+_DECIDE_SPEED = ("model.name", "model.T", "model.in_chans", "model.args", "model.grad_checkpointing", "data.image_size")
+_DECIDE_SPEED += ("precision.dtype", "precision.channels_last", "precision.compile")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def from_run(run: str | Path, recipe: Recipe) -> Throughput:
     except (OSError, ValueError) as error:
         raise ValueError(f"--from-run {run}: no log and checkpoint of a run: {error}") from error
     ours, theirs = flatten(recipe.resolved()), flatten(meta["recipe"])
-    differing = [key for key in _DECIDE_SPEED if ours.get(key) != theirs.get(key)]
+    decide = [key for key in {**ours, **theirs} if key in _DECIDE_SPEED or key.startswith("model.args.")]
+    differing = [key for key in decide if ours.get(key) != theirs.get(key)]
     if differing:
         listed = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
         raise ValueError(f"--from-run {run}: that run says nothing of this recipe's speed: {listed}")
@@ -96,7 +98,8 @@ def hours(
     evaluations = math.ceil(math.ceil(plan.epochs) / recipe.log.eval_every_epochs) if evaluated else 0
     networks = 2 if recipe.ema.decay is not None else 1
     looked_at = evaluations * evaluated * networks + 2 * tested
-    evaluation = looked_at / (rate * EVALUATION_SPEEDUP) / 3600
+    evaluated_per_second = min(devices * EVALUATION_SPEEDUP, decoded_per_second or math.inf)
+    evaluation = looked_at / evaluated_per_second / 3600
     return Hours(
         images_per_second=rate,
         scaling=scaling,

@@ -88,4 +88,4 @@ def measure_decoding(recipe: Recipe, index: ShardIndex, seconds: float = 3.0) ->
     finally:
         torch.set_num_threads(threads)
         reader.close()
-    return done / spent, f"measured here: {done:,} samples of {index.location} on one core"
+    return done / spent, f"measured here: {done:,} samples of {index.place} on one core"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from psn_train.data.ahead import evaluation_room, gigabytes, lag_of, least_room
 from psn_train.data.event_index import split_text
-from psn_train.data.index import ShardIndex, is_url
+from psn_train.data.index import ShardIndex
+from psn_train.data.reader import SampleReader
 from psn_train.data.split_checks import load_splits
+from psn_train.data.stream import PREFETCH, TrainStream
 from psn_train.recipe import Plan, Recipe
 
 # ImageNet-1k in tar files at full resolution: 147.8e9 bytes of 1,281,167 photographs (litdata's published table)
@@ -23,12 +26,18 @@ PHOTO_RATES = {
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What is known of the training shards. `samples` are all of them, those held out included."""
+    """What is known of the shards. `samples` are all of the training shards, those held out included."""
 
     samples: int
     num_classes: int
     index: ShardIndex | None
+    """Of the training shards; None where they are not there."""
     source: str
+    val_samples: int = 0
+    """0 where neither shards nor the recipe tell, too."""
+    test_samples: int = 0
+    others: tuple[ShardIndex, ...] = ()
+    """Of `val` and `test`, where they are there."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +62,23 @@ def training_set(recipe: Recipe, samples: int | None = None) -> TrainingSet:
     """
     absent: dict = {}
     indices = load_splits(recipe, absent=absent)
+    others = {split: indices[split] for split in ("val", "test") if split in indices}
+    known = {
+        f"{split}_samples": others[split].num_samples
+        if split in others
+        else (getattr(recipe.data, split) is not None and getattr(recipe.data, f"{split}_samples")) or 0
+        for split in ("val", "test")
+    }
+    known["others"] = tuple(others.values())
     if "train" not in absent:
         index = indices["train"]
         recordings = split_text(index, indices.get("test"))
-        text = f"{recipe.data.train}, {len(index.shards)} shards" + (f", {recordings}" if recordings else "")
-        return TrainingSet(index.num_samples, recipe.model.num_classes or len(index.classes), index, text)
+        text = f"{index.place}, {len(index.shards)} shards" + (f", {recordings}" if recordings else "")
+        return TrainingSet(index.num_samples, recipe.model.num_classes or len(index.classes), index, text, **known)
     samples, source = samples or recipe.data.train_samples, "the recipe's data.train_samples; the shards are not there"
     if samples is None:
         raise ValueError(f"how many samples are trained on is unknown; set data.train_samples. {absent['train']}")
-    return TrainingSet(samples, recipe.model.num_classes or 1000, None, source)
+    return TrainingSet(samples, recipe.model.num_classes or 1000, None, source, **known)
 
 
 def photographs(recipe: Recipe) -> bool:
@@ -119,20 +136,21 @@ def reading(
     )
 
 
-def cache_problems(recipe: Recipe, found: TrainingSet) -> tuple[list[str], list[str]]:
-    """(what cannot work, what is slow) about the cache of shards that come from URLs."""
+def cache_problems(recipe: Recipe, plan: Plan, found: TrainingSet, gpus_per_node: int) -> tuple[list[str], list[str]]:
+    """(what cannot work, what is slow) about a node's cache of shards that come from URLs."""
     index, data = found.index, recipe.data
-    if index is None or not any(is_url(index.shard_url(shard)) for shard in index.shards):
+    if index is None or data.resident or not (reader := SampleReader(index)).has_remote:
         return [], []
-    bound, largest = data.cache_gb * 1e9, max(shard.num_bytes for shard in index.shards)
-    streams = len(index.shards) if data.shuffle == "full" else min(data.streams, len(index.shards))
-    wanted = sum(sorted((shard.num_bytes for shard in index.shards), reverse=True)[:streams])
-    if bound < wanted:
-        how = "data.shuffle: full reads all shards" if data.shuffle == "full" else f"data.streams = {data.streams}"
+    bound, sizes = data.cache_gb * 1e9, [shard.num_bytes for shard in index.shards]
+    # of the first rank; it stands for the others
+    needs = next(TrainStream(recipe, plan, reader, rank=0).needs(0))
+    shards, wanted = least_room(needs, sizes, lag_of(data.workers, PREFETCH), gpus_per_node)
+    least = wanted + evaluation_room(index, list(found.others), plan.held_out, gpus_per_node)
+    if bound < least:
         return [
-            f"data.cache_gb: got {data.cache_gb:g}, and {how} at once, which are up to {wanted / 1e9:.3g} GB: shards "
-            f"would be deleted while they are read, and fetched again and again. Set data.cache_gb to at least "
-            f"{(wanted + largest) / 1e9:.3g}, or fewer data.streams"
+            f"data.cache_gb: got {data.cache_gb:g}, and a node reads {shards} shards at a time for each of its GPUs, "
+            f"which take {gigabytes(least)} GB with those of an evaluation. Set it to more, or fewer "
+            "data.streams (under data.shuffle: full all shards are read at a time)"
         ], []
     if bound < index.num_bytes:
         return [], [

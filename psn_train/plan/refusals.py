@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from psn_train.plan.hardware import GIB, GPUS, Cluster
 from psn_train.plan.hours import Hours
 from psn_train.plan.memory import GpuMemory
 from psn_train.plan.reading import Reading
 from psn_train.recipe import Recipe
+from psn_train.training.zero_config import EngineError
+from psn_train.training.zero_parts import check_elementwise
 
 
 def engine_problems(recipe: Recipe, cluster: Cluster) -> list[str]:
@@ -26,6 +30,17 @@ def engine_problems(recipe: Recipe, cluster: Cluster) -> list[str]:
             if getattr(recipe.precision, key) == "bf16":
                 problems.append(f"precision.{key}: bf16, but a {cluster.gpu} has none; use fp16 or fp32")
     return problems
+
+
+def optimizer_problem(optimizer: torch.optim.Optimizer, cluster: Cluster) -> str | None:
+    """An optimiser that ZeRO cannot take, in the trainer's words."""
+    if cluster.engine == "ddp":
+        return None
+    try:
+        check_elementwise(optimizer)
+    except EngineError as error:
+        return str(error)
+    return None
 
 
 def memory_problem(memory: GpuMemory, limit: float, largest: int, accumulated: int | None) -> str:

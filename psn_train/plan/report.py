@@ -13,11 +13,18 @@ from psn_train.plan.hours import Hours, Throughput, from_run, hours
 from psn_train.plan.measure import measure_decoding, measure_updates
 from psn_train.plan.memory import GpuMemory, estimate, gpu_memory, largest_micro_batch, most_steps
 from psn_train.plan.reading import Reading, TrainingSet, cache_problems, reading, training_set
-from psn_train.plan.refusals import core_problems, engine_problems, memory_problem, time_problems
+from psn_train.plan.refusals import (
+    core_problems,
+    engine_problems,
+    memory_problem,
+    optimizer_problem,
+    time_problems,
+)
 from psn_train.recipe import Plan, PlanError, Recipe, make_plan, recipe_hash
 from psn_train.recipe.rates import learning_rates
 from psn_train.training.build import build_model
 from psn_train.training.memory import count_update
+from psn_train.training.optim import build_optimizer
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ def make_report(recipe: Recipe, cluster: Cluster, question: Question | None = No
         report.samples, report.samples_source = found.samples, found.source
         with torch.device("meta"):
             model = build_model(recipe, found.num_classes)
+        if (problem := optimizer_problem(build_optimizer(model, recipe), cluster)) is not None:
+            report.problems.append(problem)
     except ValueError as error:
         report.problems.append(str(error))
         return report
@@ -90,11 +99,15 @@ def make_report(recipe: Recipe, cluster: Cluster, question: Question | None = No
         report.problems.append(str(error))
         return report
     report.learning_rates = learning_rates(recipe, report.plan)
-    update = count_update(recipe, found.num_classes, report.plan.micro_batch_size, steps=most_steps(recipe))
+    try:
+        update = count_update(recipe, found.num_classes, report.plan.micro_batch_size, steps=most_steps(recipe))
+    except ValueError as error:
+        report.problems.append(str(error))
+        return report
     _memory(report, recipe, found, update)
     _throughput(report, recipe, found, question)
     _talk_and_time(report, recipe, found, question, update, batch_norm_channels(model))
-    cannot, slow = cache_problems(recipe, found)
+    cannot, slow = cache_problems(recipe, report.plan, found, cluster.gpus_per_node)
     report.problems += cannot
     report.notes += slow
     return report
@@ -104,7 +117,7 @@ def _memory(report: Report, recipe: Recipe, found: TrainingSet, update) -> None:
     cluster, plan = report.cluster, report.plan
     resident = 0.0
     if recipe.data.resident:
-        sets = (found.samples, recipe.data.val_samples or 0, recipe.data.test_samples or 0)
+        sets = (found.samples, found.val_samples, found.test_samples)
         resident = float(sum(sets) * recipe.model.in_chans * recipe.data.image_size**2)
     layout = {"engine": cluster.engine, "devices": cluster.devices, "resident": resident}
     report.memory = gpu_memory(update, ema=recipe.ema.decay is not None, **layout)
@@ -178,7 +191,7 @@ def _talk_and_time(
     decoded = None
     if report.reading.images_per_core is not None:
         decoded = report.reading.images_per_core * _decoding_processes(recipe, cluster)
-    evaluated, tested = _looked_at(recipe, plan)
+    evaluated, tested = _looked_at(recipe, plan, found)
     report.hours = hours(
         recipe,
         plan,
@@ -206,9 +219,7 @@ def _decoding_processes(recipe: Recipe, cluster: Cluster) -> float:
     return cluster.nodes * min(workers, cluster.cores_per_node or workers)
 
 
-def _looked_at(recipe: Recipe, plan: Plan) -> tuple[int, int]:
-    """(samples of an evaluation during the run, samples of the test set); 0 where the recipe does not say."""
-    data = recipe.data
-    counts = {"held out": plan.held_out, "val": data.val_samples or 0, "test": data.test_samples or 0, None: 0}
-    tested = data.test_samples or 0 if data.test is not None and data.selected_on != "test" else 0
-    return counts[data.selected_on], tested
+def _looked_at(recipe: Recipe, plan: Plan, found: TrainingSet) -> tuple[int, int]:
+    """(samples of an evaluation during the run, samples of the test set at its end)."""
+    counts = {"held out": plan.held_out, "val": found.val_samples, "test": found.test_samples, None: 0}
+    return counts[recipe.data.selected_on], found.test_samples if recipe.data.selected_on != "test" else 0

@@ -94,8 +94,12 @@ def _table(report: Report) -> Table:
     table.add_row("all devices", f"{took.images_per_second:.0f} images/s, limited by {took.limited_by}")
     table.add_row("scaling", f"{took.scaling:.1%}")
     table.add_row("an epoch", f"{took.seconds_per_epoch:,.0f} s of training")
-    table.add_row("hours", f"{took.total:,.1f}, evaluations {took.evaluation_hours:.1f} of them")
+    table.add_row("hours", f"{_hours(took.total)}, evaluations {_hours(took.evaluation_hours)} of them")
     return table
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}"
 
 
 def _memory_table(memory: GpuMemory, limit: float | None) -> Table:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from psn_train.data.event_index import check_kind, check_one_split, check_trained_sensor
+from psn_train.data.fetch import hide_password
 from psn_train.data.index import ShardIndex, load_index
 from psn_train.neurons import get_lambda
 from psn_train.recipe import Recipe
@@ -176,7 +177,7 @@ def write_timm_folder(
     }
     config = {
         "psn_train": {
-            "recipe": recipe.resolved(),
+            "recipe": shown_recipe(recipe),
             "recipe_hash": meta["recipe_hash"],
             "results": results_of_checkpoint(place(meta["path"]), meta),
             "step": meta["step"],
@@ -195,6 +196,16 @@ def write_timm_folder(
     # timm fills model_args from the arguments that create_model was given
     save_for_hf(model, str(out), model_config=config, safe_serialization=True)
     return out
+
+
+def shown_recipe(recipe: Recipe) -> dict:
+    """The recipe without the passwords and signatures of its URLs."""
+    document = recipe.resolved()
+    for section, keys in {"data": ("train", "val", "test", "cache_dir"), "checkpoint": ("dir",)}.items():
+        for key in keys:
+            if document[section][key] is not None:
+                document[section][key] = hide_password(document[section][key])
+    return document
 
 
 def _device(name: str | None) -> torch.device:
