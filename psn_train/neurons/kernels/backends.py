@@ -1,0 +1,57 @@
+"""Who computes the operators: plain PyTorch, Inductor, or hand-written Triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+
+import torch
+
+BACKENDS = ("reference", "compiled", "triton")
+_MODULES = {"reference": "plain", "compiled": "inductor", "triton": "triton_psn"}
+_log = logging.getLogger(__name__)
+# "auto", or one of BACKENDS for every neuron
+_forced = "auto"
+
+
+def use_backend(name: str) -> None:
+    """Let every neuron of the PSN family be computed by that backend; "auto": by `choose`.
+
+    Raises:
+        ValueError: there is none of that name, or it cannot run here.
+    """
+    global _forced
+    if name != "auto":
+        if name not in BACKENDS:
+            raise ValueError(f"kernels: got {name!r}, wanted auto, {', '.join(BACKENDS)}")
+        if name == "triton" and not _has_triton():
+            raise ValueError("kernels: got 'triton', and the package triton is not here; take auto or compiled")
+    _forced = name
+
+
+def choose(device: torch.device) -> str:
+    """The backend of a tensor's device: the forced one; else Triton on a GPU that has it, plain PyTorch elsewhere."""
+    if _forced != "auto":
+        name = _forced
+    else:
+        name = "triton" if device.type == "cuda" and _has_triton() else "reference"
+    _tell(name, device.type)
+    return name
+
+
+@functools.lru_cache(maxsize=None)
+def _tell(name: str, device: str) -> None:
+    _log.info("PSN kernels on %s: %s", device, name)
+
+
+@functools.lru_cache(maxsize=None)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.lru_cache(maxsize=None)
+def load(name: str):
+    """The module with `forward` and `backward`."""
+    return importlib.import_module(f"psn_train.neurons.kernels.{_MODULES[name]}")
