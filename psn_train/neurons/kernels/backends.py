@@ -11,6 +11,7 @@ import torch
 
 BACKENDS = ("reference", "compiled", "triton")
 _MODULES = {"reference": "plain", "compiled": "inductor", "triton": "triton_psn"}
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _log = logging.getLogger(__name__)
 # "auto", or one of BACKENDS for every neuron
 _forced = "auto"
@@ -26,7 +27,7 @@ def use_backend(name: str) -> None:
     if name != "auto":
         if name not in BACKENDS:
             raise ValueError(f"kernels: got {name!r}, wanted auto, {', '.join(BACKENDS)}")
-        if name == "triton" and not _has_triton():
+        if name == "triton" and not _HAS_TRITON:
             raise ValueError("kernels: got 'triton', and the package triton is not here; take auto or compiled")
     _forced = name
 
@@ -36,22 +37,18 @@ def choose(device: torch.device) -> str:
     if _forced != "auto":
         name = _forced
     else:
-        name = "triton" if device.type == "cuda" and _has_triton() else "reference"
-    _tell(name, device.type)
+        name = "triton" if device.type == "cuda" and _HAS_TRITON else "reference"
+    if not torch.compiler.is_compiling():
+        _tell(name, device.type)
     return name
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _tell(name: str, device: str) -> None:
     _log.info("PSN kernels on %s: %s", device, name)
 
 
-@functools.lru_cache(maxsize=None)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load(name: str):
     """The module with `forward` and `backward`."""
     return importlib.import_module(f"psn_train.neurons.kernels.{_MODULES[name]}")

@@ -1,6 +1,6 @@
 """The backend "compiled": the same sums written out step by step, so that Inductor makes one loop over M of them.
 
-Where they have many terms, matrix products by the library are faster, and only what is between them is compiled.
+Where they have many terms, matrix products by the library are faster, and they are left as they are.
 
 Legend: T steps out, J steps in, M neurons, k taps.
 """
@@ -16,71 +16,87 @@ from torch import Tensor
 
 from psn_train.neurons.functional.surrogate import get_surrogate
 from psn_train.neurons.kernels import plain
-from psn_train.neurons.layout import compute_dtype
+from psn_train.neurons.layout import compute_dtype, no_autocast
 
 # more products than that are left to a matrix product
 _MOST_TERMS = 256
 
+# for each step out: which input is multiplied with which number of the flattened weight
+Taps = tuple[tuple[tuple[int, int], ...], ...]
+
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, band: int) -> Tensor:
     """x [J, M] -> spikes [T, M]."""
-    T = plain.steps_out(x, weight)
-    taps = terms(T, x.shape[0], weight, band)
-    if sum(map(len, taps)) > _MOST_TERMS:
+    taps = terms(x, weight, band)
+    if taps is None:
         return plain.forward(x, weight, bias, band)
-    dtype = compute_dtype(x, weight)
-    return _forward(taps, dtype)(_any_width(x), weight.to(dtype), bias.to(dtype).expand(T))
+    return _compiled(written_out, taps)(_any_width(x), weight, bias)
 
 
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, band: int, surrogate: str, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x [J, M], weight and bias. Outside the band the weight's is zero."""
-    T, dtype = grad.shape[0], compute_dtype(x, weight)
-    taps = terms(T, x.shape[0], weight, band)
-    if sum(map(len, taps)) > _MOST_TERMS:
+    taps = terms(x, weight, band)
+    if taps is None:
         return plain.backward(grad, x, weight, bias, band, surrogate, alpha)
-    run = _backward(taps, dtype, weight.shape, surrogate, alpha)
-    column = bias.to(dtype).expand(T)
-    grad_x, grad_weight, grad_column = run(_any_width(grad), _any_width(x), weight.to(dtype), column)
-    return grad_x, grad_weight.to(weight.dtype), plain.of_bias(grad_column, bias)
+    return _compiled(gradients_written_out, taps, surrogate, alpha)(_any_width(grad), _any_width(x), weight, bias)
 
 
-# for each step out: which input is multiplied with which number of the flattened weight
-Taps = tuple[tuple[tuple[int, int], ...], ...]
+class Inlined(torch.autograd.Function):
+    """The operator inside of a graph that is being compiled, where it is joined with what stands around it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, band: int, surrogate: str, alpha: float) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.constants = band, surrogate, alpha
+        taps = terms(x, weight, band)
+        if taps is not None:
+            return written_out(taps)(x, weight, bias)
+        with no_autocast(x):
+            full, column, rows = _products(x, weight, bias)
+            return (torch.addmm(column, full, rows) >= 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, bias = ctx.saved_tensors
+        band, surrogate, alpha = ctx.constants
+        taps = terms(x, weight, band)
+        if taps is not None:
+            return *gradients_written_out(taps, surrogate, alpha)(grad, x, weight, bias), None, None, None
+        with no_autocast(x):
+            full, column, rows = _products(x, weight, bias)
+            slope = get_surrogate(surrogate).derivative
+            grad_h = slope(torch.addmm(column, full, rows), alpha) * grad.to(rows.dtype)
+            grad_weight = plain.of_weight(grad_h @ rows.t(), weight)
+            grad_bias = plain.of_bias(grad_h.sum(1), bias)
+            return (full.t() @ grad_h).to(x.dtype), grad_weight, grad_bias, None, None, None
 
 
-@functools.lru_cache(maxsize=None)
-def _terms(T: int, J: int, taps: int, band: int) -> Taps:
-    if taps:
-        return tuple(tuple((j, taps - 1 - (t - j)) for j in range(max(0, t - taps + 1), t + 1)) for t in range(T))
-    if band:
-        return tuple(tuple((j, t * J + j) for j in range(max(0, t - band + 1), t + 1)) for t in range(T))
-    return tuple(tuple((j, t * J + j) for j in range(J)) for t in range(T))
+def _products(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(x, weight)
+    return *plain.coefficients(plain.steps_out(x, weight), dtype, weight, bias), x.to(dtype)
 
 
-def terms(T: int, J: int, weight: Tensor, band: int) -> Taps:
-    """The products that h[t] is the sum of; none of a weight outside the band."""
-    return _terms(T, J, weight.shape[0] if weight.ndim == 1 else 0, band)
+def terms(x: Tensor, weight: Tensor, band: int) -> Taps | None:
+    """The products that h[t] is the sum of, none outside the band; None where they are too many."""
+    k = weight.shape[0] if weight.ndim == 1 else band
+    taps = _terms(plain.steps_out(x, weight), x.shape[0], k, weight.ndim == 1)
+    return taps if sum(map(len, taps)) <= _MOST_TERMS else None
 
 
-def _any_width(rows: Tensor) -> Tensor:
-    """The same rows, of which code is compiled for any M."""
-    rows = rows.detach()
-    torch._dynamo.maybe_mark_dynamic(rows, 1)
-    return rows
+@functools.cache
+def _terms(T: int, J: int, k: int, shared: bool) -> Taps:
+    def place(t: int, j: int) -> int:
+        return k - 1 - (t - j) if shared else t * J + j
+
+    steps = [range(max(0, t - k + 1), t + 1) if k else range(J) for t in range(T)]
+    return tuple(tuple((j, place(t, j)) for j in inputs) for t, inputs in enumerate(steps))
 
 
-def compiled(function: Callable, name: str) -> Callable:
-    """Compiled as one graph; with code of its own, since torch counts how often one code is compiled, and stops."""
-    own = types.FunctionType(
-        function.__code__.replace(co_name=name), function.__globals__, name, function.__defaults__, function.__closure__
-    )
-    return torch.compile(own, fullgraph=True)
-
-
-def potential(x: list[Tensor], taps: Taps, weight: Tensor, bias: Tensor) -> list[Tensor]:
+def _potential(x: list[Tensor], taps: Taps, weight: Tensor, bias: Tensor) -> list[Tensor]:
     """h [T] of [M] each, from the J inputs [M] each."""
+    bias = bias.expand(len(taps))
     h = []
     for t, products in enumerate(taps):
         total = bias[t].expand_as(x[0])
@@ -90,32 +106,52 @@ def potential(x: list[Tensor], taps: Taps, weight: Tensor, bias: Tensor) -> list
     return h
 
 
-@functools.lru_cache(maxsize=None)
-def _forward(taps: Taps, dtype: torch.dtype) -> Callable:
+def written_out(taps: Taps) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(x [J, M], weight, bias) -> spikes [T, M]."""
+
     def psn_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        rows = list(x.to(dtype).unbind(0))
-        return torch.stack([(h >= 0).to(x.dtype) for h in potential(rows, taps, weight.flatten(), bias)])
+        dtype = compute_dtype(x, weight)
+        h = _potential(list(x.to(dtype).unbind(0)), taps, weight.to(dtype).flatten(), bias.to(dtype))
+        return torch.stack([(part >= 0).to(x.dtype) for part in h])
 
-    return compiled(psn_forward, f"psn_forward_{len(taps)}")
+    return psn_forward
 
 
-@functools.lru_cache(maxsize=None)
-def _backward(taps: Taps, dtype: torch.dtype, shape: torch.Size, surrogate: str, alpha: float) -> Callable:
+def gradients_written_out(taps: Taps, surrogate: str, alpha: float) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """(grad [T, M], x [J, M], weight, bias) -> their gradients, of x, weight and bias."""
     slope = get_surrogate(surrogate).derivative
 
     def psn_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        flat, rows = weight.flatten(), list(x.to(dtype).unbind(0))
-        h = potential(rows, taps, flat, bias)
+        dtype = compute_dtype(x, weight)
+        flat, rows = weight.to(dtype).flatten(), list(x.to(dtype).unbind(0))
+        h = _potential(rows, taps, flat, bias.to(dtype))
         grad_h = [slope(h[t], alpha) * grad[t].to(dtype) for t in range(len(taps))]
         of_x: list[list[Tensor]] = [[] for _ in rows]
-        of_weight: list[list[Tensor]] = [[] for _ in range(shape.numel())]
+        of_weight: list[list[Tensor]] = [[] for _ in range(weight.numel())]
         for t, products in enumerate(taps):
             for j, place in products:
                 of_x[j].append(flat[place] * grad_h[t])
                 of_weight[place].append((grad_h[t] * rows[j]).sum())
         nothing, none = torch.zeros_like(rows[0]), flat.new_zeros(())
-        grad_x = torch.stack([sum(parts[1:], parts[0]) if parts else nothing for parts in of_x]).to(x.dtype)
+        grad_x = torch.stack([sum(parts[1:], parts[0]) if parts else nothing for parts in of_x])
         grad_weight = torch.stack([sum(parts[1:], parts[0]) if parts else none for parts in of_weight])
-        return grad_x, grad_weight.view(shape), torch.stack([part.sum() for part in grad_h])
+        grad_bias = plain.of_bias(torch.stack([part.sum() for part in grad_h]), bias)
+        return grad_x.to(x.dtype), grad_weight.view_as(weight).to(weight.dtype), grad_bias
 
-    return compiled(psn_backward, f"psn_backward_{len(taps)}")
+    return psn_backward
+
+
+@functools.cache
+def _compiled(make: Callable[..., Callable], *arguments) -> Callable:
+    """What `make` makes, as one graph; its code is its own, since torch counts how often one code is compiled."""
+    made = make(*arguments)
+    code = made.__code__.replace(co_name=f"{made.__name__}_{len(arguments[0])}")
+    own = types.FunctionType(code, made.__globals__, made.__name__, made.__defaults__, made.__closure__)
+    return torch.compile(own, fullgraph=True)
+
+
+def _any_width(rows: Tensor) -> Tensor:
+    """The same rows, of which code is compiled for any M."""
+    rows = rows.detach()
+    torch._dynamo.maybe_mark_dynamic(rows, 1)
+    return rows

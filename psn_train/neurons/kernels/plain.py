@@ -16,9 +16,10 @@ from psn_train.neurons.layout import compute_dtype
 _BLOCK = 1 << 15
 
 
-def matrix(weight: Tensor, T: int) -> Tensor:
-    """The weight [T, J] of an operator; of the taps [k] of a sliding PSN the banded [T, T]."""
-    return sliding_weight(weight, T) if weight.ndim == 1 else weight
+def coefficients(T: int, dtype: torch.dtype, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """An operator's weight as a matrix [T, J], the banded one of taps [k], and its bias as a column [T or 1, 1]."""
+    weight = weight.to(dtype)
+    return sliding_weight(weight, T) if weight.ndim == 1 else weight, bias.to(dtype).reshape(-1, 1)
 
 
 def blocks(T: int, M: int) -> range:
@@ -29,7 +30,7 @@ def blocks(T: int, M: int) -> range:
 def forward(x: Tensor, weight: Tensor, bias: Tensor, band: int) -> Tensor:
     """x [J, M] -> spikes [T, M]."""
     dtype, T = compute_dtype(x, weight), steps_out(x, weight)
-    full, column = matrix(weight.to(dtype), T), bias.to(dtype).reshape(-1, 1)
+    full, column = coefficients(T, dtype, weight, bias)
     spikes = x.new_empty(T, x.shape[1])
     for begin in (columns := blocks(T, x.shape[1])):
         part = slice(begin, begin + columns.step)
@@ -43,7 +44,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x [J, M], weight and bias; the potential is computed again, a block of columns at a time."""
     dtype, T = compute_dtype(x, weight), grad.shape[0]
-    full, column = matrix(weight.to(dtype), T), bias.to(dtype).reshape(-1, 1)
+    full, column = coefficients(T, dtype, weight, bias)
     grad_x = torch.empty_like(x)
     grad_full, grad_column = torch.zeros_like(full), full.new_zeros(T)
     slope = get_surrogate(surrogate).derivative
