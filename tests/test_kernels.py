@@ -31,7 +31,7 @@ def compare(ours, law, tensors: dict[str, torch.Tensor], grad: torch.Tensor, dty
     (spikes, gradients), (wanted, wanted_gradients) = results
     assert spikes.dtype == wanted.dtype and spikes.stride() == wanted.stride()
     assert torch.equal(spikes, wanted)
-    assert 0 < spikes.double().mean() < 1 or spikes.numel() < 16
+    assert 0 < spikes.double().mean() < 1 or spikes.shape[0] == 1
     for name, mine, truth in zip(tensors, gradients, wanted_gradients, strict=True):
         assert mine.shape == truth.shape and mine.dtype == truth.dtype == tensors[name].dtype, name
         bound = TOLERANCE[dtype] + (torch.finfo(mine.dtype).eps if mine.dtype.itemsize == 2 else 0.0)

@@ -5,7 +5,7 @@
                 and those of weight and bias are summed on the way; nothing but x is kept for it
 
 Arithmetic is in float32 (float64 where x or the weight is), whatever autocast says; spikes have the dtype of x. They
-have a fake form and an autograd formula, so a network compiles without a graph break; and a rule for `torch.vmap`.
+have a fake form and an autograd formula, so a network compiles without a graph break.
 
 Legend: T steps out, J steps in (J = T, but 1 where the input is the same at every step), M neurons, k taps.
 """
@@ -63,37 +63,3 @@ def _backward(ctx, grad):
 
 
 psn.register_autograd(_backward, setup_context=_setup)
-
-
-def _folded(dims, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-    """Tensors [S, M] of which some have a batch axis: the batch goes into M."""
-    sizes = [tensor.shape[dim] for tensor, dim in zip(tensors, dims, strict=True) if dim is not None]
-    moved = []
-    for tensor, dim in zip(tensors, dims, strict=True):
-        tensor = tensor.unsqueeze(1).expand(-1, sizes[0], -1) if dim is None else tensor.movedim(dim, 1)
-        moved.append(tensor.flatten(1))  # [S, batch * M]
-    return moved
-
-
-def _one_by_one(info, dims, arguments, operator):
-    """Where weights have a batch axis: the samples of the batch one after the other."""
-    results = []
-    for index in range(info.batch_size):
-        taken = [a if dim is None else a.select(dim, index) for a, dim in zip(arguments, dims, strict=True)]
-        results.append(operator(*taken))
-    return results
-
-
-@psn.register_vmap
-def _(info, dims, x, weight, bias, *constants):
-    if dims[1] is None and dims[2] is None:
-        (rows,) = _folded(dims[:1], (x,))
-        return psn(rows, weight, bias, *constants).unflatten(1, (info.batch_size, -1)), 1
-    return torch.stack(_one_by_one(info, dims, (x, weight, bias, *constants), psn)), 0
-
-
-@psn_backward.register_vmap
-def _(info, dims, *arguments):
-    # each sample of the batch has gradients of its own
-    results = _one_by_one(info, dims, arguments, psn_backward)
-    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0, 0, 0)

@@ -22,8 +22,7 @@ def psn_sequence(
 
     A sliding PSN has taps [k] for a weight and a bias [].
     """
-    if _is_exported():
-        # other programs do not know the operators
+    if _wants_the_law():
         full = law.sliding_weight(weight, x_seq.shape[0]) if weight.ndim == 1 else weight
         h = law.psn_h(x_seq, full, bias.expand(full.shape[0]))
         return fire(h, surrogate, alpha, x_seq.dtype)
@@ -47,7 +46,13 @@ def _rows(x: Tensor, weight: Tensor, bias: Tensor, band: int, surrogate: str, al
     return psn(x, weight, bias, band, surrogate, alpha, backend)
 
 
-def _is_exported() -> bool:
+def _wants_the_law() -> bool:
+    """Other programs do not know the operators, and neither do the transforms of torch.func."""
     # torch 2.6 has no is_exporting
     exporting = getattr(torch.compiler, "is_exporting", None)
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export() or (exporting is not None and exporting())
+    return (
+        torch.jit.is_tracing()
+        or torch.onnx.is_in_onnx_export()
+        or (exporting is not None and exporting())
+        or torch._C._are_functorch_transforms_active()
+    )
