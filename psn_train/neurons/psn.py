@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from psn_train.neurons import functional
+from psn_train.neurons.kernels.batch_norm import joins, norm_psn_sequence
 from psn_train.neurons.kernels.sequence import psn_sequence, psn_static_sequence
 from psn_train.neurons.neuron import Neuron, spiking_neurons
 
@@ -67,6 +68,11 @@ class PSN(_FullWeight):
 
     def static(self, x: Tensor, T: int) -> Tensor:
         return psn_static_sequence(x, T, self.weight, self.bias, self.surrogate, self.alpha)
+
+    def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor | None:
+        if not joins(norm):
+            return None
+        return norm_psn_sequence(y_seq, norm, self.weight, self.bias, 0, self.surrogate, self.alpha, static_steps)
 
     def _check_step_mode(self, mode: str) -> None:
         super()._check_step_mode(mode)
@@ -132,6 +138,13 @@ class MaskedPSN(_FullWeight):
     def static(self, x: Tensor, T: int) -> Tensor:
         self._warn_unmasked()
         return psn_static_sequence(x, T, self._masked_weight(x), self.bias, self.surrogate, self.alpha)
+
+    def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor | None:
+        if not joins(norm):
+            return None
+        self._warn_unmasked()
+        weight, band = self._masked_weight(y_seq), self._band()
+        return norm_psn_sequence(y_seq, norm, weight, self.bias, band, self.surrogate, self.alpha, static_steps)
 
     def _masked_weight(self, x: Tensor) -> Tensor:
         weight = self.weight.to(functional.compute_dtype(x, self.weight))
@@ -234,6 +247,11 @@ class SlidingPSN(Neuron):
 
     def static(self, x: Tensor, T: int) -> Tensor:
         return psn_static_sequence(x, T, self.weight, self.bias, self.surrogate, self.alpha)
+
+    def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor | None:
+        if not joins(norm):
+            return None
+        return norm_psn_sequence(y_seq, norm, self.weight, self.bias, 0, self.surrogate, self.alpha, static_steps)
 
     def step(self, x: Tensor) -> Tensor:
         queue = functional.new_queue(x, self.k) if self._queue is None else self._queue

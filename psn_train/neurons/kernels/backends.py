@@ -10,7 +10,11 @@ import logging
 import torch
 
 BACKENDS = ("reference", "compiled", "triton")
-_MODULES = {"reference": "plain", "compiled": "inductor", "triton": "triton_psn"}
+_MODULES = {
+    "reference": ("plain", "plain_norm"),
+    "compiled": ("inductor", "inductor_norm"),
+    "triton": ("triton_psn", "triton_norm"),
+}
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _log = logging.getLogger(__name__)
 # "auto", or one of BACKENDS for every neuron
@@ -50,5 +54,11 @@ def _tell(name: str, device: str) -> None:
 
 @functools.cache
 def load(name: str):
-    """The module with `forward` and `backward`."""
-    return importlib.import_module(f"psn_train.neurons.kernels.{_MODULES[name]}")
+    """The module with `forward` and `backward` of a PSN alone."""
+    return importlib.import_module(f"{__package__}.{_MODULES[name][0]}")
+
+
+@functools.cache
+def load_norm(name: str):
+    """The module with `statistics`, `norm_forward`, `norm_reduce` and `norm_backward`, of batch norm and PSN."""
+    return importlib.import_module(f"{__package__}.{_MODULES[name][1]}")

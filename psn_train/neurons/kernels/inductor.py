@@ -30,7 +30,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, band: int) -> Tensor:
     taps = terms(x, weight, band)
     if taps is None:
         return plain.forward(x, weight, bias, band)
-    return _compiled(written_out, taps)(_any_width(x), weight, bias)
+    return compile_once(written_out, taps, kind=(x.dtype, weight.dtype))(_any_width(x), weight, bias)
 
 
 def backward(
@@ -40,7 +40,8 @@ def backward(
     taps = terms(x, weight, band)
     if taps is None:
         return plain.backward(grad, x, weight, bias, band, surrogate, alpha)
-    return _compiled(gradients_written_out, taps, surrogate, alpha)(_any_width(grad), _any_width(x), weight, bias)
+    run = compile_once(gradients_written_out, taps, surrogate, alpha, kind=(x.dtype, weight.dtype))
+    return run(_any_width(grad), _any_width(x), weight, bias)
 
 
 class Inlined(torch.autograd.Function):
@@ -94,7 +95,7 @@ def _terms(T: int, J: int, k: int, shared: bool) -> Taps:
     return tuple(tuple((j, place(t, j)) for j in inputs) for t, inputs in enumerate(steps))
 
 
-def _potential(x: list[Tensor], taps: Taps, weight: Tensor, bias: Tensor) -> list[Tensor]:
+def potential(x: list[Tensor], taps: Taps, weight: Tensor, bias: Tensor) -> list[Tensor]:
     """h [T] of [M] each, from the J inputs [M] each."""
     bias = bias.expand(len(taps))
     h = []
@@ -111,7 +112,7 @@ def written_out(taps: Taps) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
     def psn_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         dtype = compute_dtype(x, weight)
-        h = _potential(list(x.to(dtype).unbind(0)), taps, weight.to(dtype).flatten(), bias.to(dtype))
+        h = potential(list(x.to(dtype).unbind(0)), taps, weight.to(dtype).flatten(), bias.to(dtype))
         return torch.stack([(part >= 0).to(x.dtype) for part in h])
 
     return psn_forward
@@ -124,7 +125,7 @@ def gradients_written_out(taps: Taps, surrogate: str, alpha: float) -> Callable[
     def psn_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dtype = compute_dtype(x, weight)
         flat, rows = weight.to(dtype).flatten(), list(x.to(dtype).unbind(0))
-        h = _potential(rows, taps, flat, bias.to(dtype))
+        h = potential(rows, taps, flat, bias.to(dtype))
         grad_h = [slope(h[t], alpha) * grad[t].to(dtype) for t in range(len(taps))]
         of_x: list[list[Tensor]] = [[] for _ in rows]
         of_weight: list[list[Tensor]] = [[] for _ in range(weight.numel())]
@@ -142,8 +143,8 @@ def gradients_written_out(taps: Taps, surrogate: str, alpha: float) -> Callable[
 
 
 @functools.cache
-def _compiled(make: Callable[..., Callable], *arguments) -> Callable:
-    """What `make` makes, as one graph; its code is its own, since torch counts how often one code is compiled."""
+def compile_once(make: Callable[..., Callable], *arguments, kind: tuple = ()) -> Callable:
+    """What `make` makes, as one graph; each has a code of its own, since torch counts how often one is compiled."""
     made = make(*arguments)
     code = made.__code__.replace(co_name=f"{made.__name__}_{len(arguments[0])}")
     own = types.FunctionType(code, made.__globals__, made.__name__, made.__defaults__, made.__closure__)

@@ -22,7 +22,7 @@ def psn_sequence(
 
     A sliding PSN has taps [k] for a weight and a bias [].
     """
-    if _wants_the_law():
+    if wants_the_law():
         full = law.sliding_weight(weight, x_seq.shape[0]) if weight.ndim == 1 else weight
         h = law.psn_h(x_seq, full, bias.expand(full.shape[0]))
         return fire(h, surrogate, alpha, x_seq.dtype)
@@ -46,7 +46,7 @@ def _rows(x: Tensor, weight: Tensor, bias: Tensor, band: int, surrogate: str, al
     return psn(x, weight, bias, band, surrogate, alpha, backend)
 
 
-def _wants_the_law() -> bool:
+def wants_the_law() -> bool:
     """Other programs do not know the operators, and neither do the transforms of torch.func."""
     # torch 2.6 has no is_exporting
     exporting = getattr(torch.compiler, "is_exporting", None)
