@@ -70,7 +70,7 @@ class PSN(_FullWeight):
         return psn_static_sequence(x, T, self.weight, self.bias, self.surrogate, self.alpha)
 
     def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor | None:
-        if not joins(norm):
+        if not joins(norm, y_seq):
             return None
         return norm_psn_sequence(y_seq, norm, self.weight, self.bias, 0, self.surrogate, self.alpha, static_steps)
 
@@ -140,7 +140,7 @@ class MaskedPSN(_FullWeight):
         return psn_static_sequence(x, T, self._masked_weight(x), self.bias, self.surrogate, self.alpha)
 
     def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor | None:
-        if not joins(norm):
+        if not joins(norm, y_seq):
             return None
         self._warn_unmasked()
         weight, band = self._masked_weight(y_seq), self._band()
@@ -249,7 +249,7 @@ class SlidingPSN(Neuron):
         return psn_static_sequence(x, T, self.weight, self.bias, self.surrogate, self.alpha)
 
     def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor | None:
-        if not joins(norm):
+        if not joins(norm, y_seq):
             return None
         return norm_psn_sequence(y_seq, norm, self.weight, self.bias, 0, self.surrogate, self.alpha, static_steps)
 

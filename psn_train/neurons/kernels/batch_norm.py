@@ -18,8 +18,13 @@ from psn_train.neurons.layout import compute_dtype
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-def joins(norm: nn.Module) -> bool:
-    """Whether this layer can be computed together with the neuron behind it, and nobody asks for what is between."""
+def joins(norm: nn.Module, y_seq: Tensor) -> bool:
+    """Whether this layer is computed together with the neuron behind it.
+
+    Not where somebody asks for what is between, nor in plain PyTorch, whose own batch norm is faster on the CPU.
+    """
+    if backends.choose(y_seq.device) == "reference":
+        return False
     known = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
     return known and not norm._forward_hooks and not norm._forward_pre_hooks and not wants_the_law()
 
