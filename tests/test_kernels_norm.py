@@ -70,10 +70,13 @@ def compare(y, norm, weight, bias, static_steps=None, add=None):
         grad = torch.randn(out.shape, dtype=torch.float64).to(out.dtype)
         results.append((out.detach(), dict(zip(inputs, torch.autograd.grad(out, inputs.values(), grad), strict=True))))
     (found, gradients), (wanted, wanted_gradients) = results
-    assert found.dtype == wanted.dtype and found.stride() == wanted.stride()
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape
+    # the stride of an axis of one says nothing
+    strides = [[step for step, size in zip(t.stride(), t.shape, strict=True) if size > 1] for t in (found, wanted)]
+    assert strides[0] == strides[1]
     # a potential at the threshold may round to either side
     assert int((found != wanted).sum()) <= found.numel() // 20_000
-    assert wanted.min() < wanted.max()
+    assert wanted.min() < wanted.max() or wanted.numel() < 100
     for name, truth in wanted_gradients.items():
         mine = gradients[name]
         assert mine.shape == truth.shape and mine.dtype == truth.dtype, name
@@ -97,18 +100,18 @@ def test_equals_the_two_in_training(backend, T, N, C, side, dtype, channels_last
 
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_equals_the_two_in_evaluation_behind_a_sum_and_of_one_image(channels_last):
-    norm = make_norm(6, torch.float32)
-    y = images(8, 6, 9, torch.float32, channels_last)
+    norm = make_norm(6, torch.float64)
+    y = images(8, 6, 9, torch.float64, channels_last)
     add = torch.randint(0, 3, y.shape).to(y)
     if channels_last:
         add = add.contiguous(memory_format=torch.channels_last)
-    weight, bias = torch.randn(4, 4), -torch.rand(4)
+    weight, bias = torch.randn(4, 4).double(), -torch.rand(4).double()
     compare(y.unflatten(0, (4, 2)), norm, weight, bias, add=add.unflatten(0, (4, 2)))
     compare(y, norm, weight, bias, static_steps=4)
-    compare(y.unflatten(0, (4, 2)), norm, torch.randn(3), torch.tensor(-0.5))
+    compare(y.unflatten(0, (4, 2)), norm, torch.randn(3).double(), torch.tensor(-0.5).double())
     norm.eval()
     compare(y.unflatten(0, (4, 2)), norm, weight, bias, add=add.unflatten(0, (4, 2)))
-    compare(y, norm, torch.randn(3), torch.tensor(-0.5), static_steps=5)
+    compare(y, norm, torch.randn(3).double(), torch.tensor(-0.5).double(), static_steps=5)
     norm.momentum = None
     norm.train()
     compare(y.unflatten(0, (4, 2)), norm, weight, bias)

@@ -13,7 +13,7 @@ from psn_train.neurons.functional.surrogate import get_surrogate
 from psn_train.neurons.layout import compute_dtype
 
 # columns at a time, so that what a block needs stays in a core's cache: numbers of one T x block tensor
-_BLOCK = 1 << 15
+_BLOCK = 1 << 14
 
 
 def coefficients(T: int, dtype: torch.dtype, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
