@@ -87,7 +87,9 @@ class TestProcesses:
     @pytest.mark.long
     def test_states_of_single_numbers_go_from_ddp_to_zero2(self, small, stage, tmp_path):
         """A sliding PSN's bias is one; so is AdamW's counter."""
-        changes = merged(EXACT, {"model": {"name": "sew_resnet10_sliding_psn"}, "optim": {"name": "adamw", "lr": 0.003}})
+        changes = merged(
+            EXACT, {"model": {"name": "sew_resnet10_sliding_psn"}, "optim": {"name": "adamw", "lr": 0.003}}
+        )
         whole, moved = small("whole", **changes), small("moved", **changes)
         run(whole, tmp_path, 2, stage(None))
         run(moved, tmp_path, 2, stage(None), schedule={"stop_after_steps": 4})

@@ -53,11 +53,11 @@ class ConvNeuron(nn.Module):
         self.sn = neuron(out_chans)
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        return self.sn(per_image(x_seq, self.conv, self.bn))
+        return self.sn(per_image(x_seq, self.conv), norm=self.bn)
 
     def forward_static(self, x: Tensor, T: int) -> Tensor:
         """One image [N, C, ...] seen at each of T steps -> [T, N, C', ...]; convolution and batch norm run once."""
-        return self.sn.forward_static(self.bn(self.conv(x)), T)
+        return self.sn.forward_static(self.conv(x), T, norm=self.bn)
 
 
 class Block(nn.Module):
@@ -81,7 +81,8 @@ class Block(nn.Module):
         """[T, N, C, H, W] -> [T, N, C', H', W']."""
         identity = x_seq
         if self.downsample is not None:
-            identity = self.downsample_sn(per_image(x_seq, self.downsample))
+            convolution, norm = self.downsample
+            identity = self.downsample_sn(per_image(x_seq, convolution), norm=norm)
         return join(identity, self.residual(x_seq), self.connect_function)
 
     def extra_repr(self) -> str:
@@ -109,8 +110,8 @@ class BasicBlock(Block):
         self.make_shortcut(in_chans, width, stride, neuron, connect)
 
     def residual(self, x_seq: Tensor) -> Tensor:
-        x_seq = self.sn1(per_image(x_seq, self.conv1, self.bn1))
-        return self.sn2(per_image(x_seq, self.conv2, self.bn2))
+        x_seq = self.sn1(per_image(x_seq, self.conv1), norm=self.bn1)
+        return self.sn2(per_image(x_seq, self.conv2), norm=self.bn2)
 
 
 class Bottleneck(Block):
@@ -140,9 +141,9 @@ class Bottleneck(Block):
         self.make_shortcut(in_chans, out_chans, stride, neuron, connect)
 
     def residual(self, x_seq: Tensor) -> Tensor:
-        x_seq = self.sn1(per_image(x_seq, self.conv1, self.bn1))
-        x_seq = self.sn2(per_image(x_seq, self.conv2, self.bn2))
-        return self.sn3(per_image(x_seq, self.conv3, self.bn3))
+        x_seq = self.sn1(per_image(x_seq, self.conv1), norm=self.bn1)
+        x_seq = self.sn2(per_image(x_seq, self.conv2), norm=self.bn2)
+        return self.sn3(per_image(x_seq, self.conv3), norm=self.bn3)
 
 
 @contextlib.contextmanager

@@ -182,10 +182,10 @@ class SEWResNet(SpikingNetwork):
             pe = self.pe[self._t : self._t + 1] if self.is_streaming else self.pe
             x_seq = (x if x.ndim == 5 else x.unsqueeze(0)) + pe.view(-1, 1, 1, 1, 1)
         elif x.ndim == 4:
-            return self.sn1.forward_static(self.bn1(self.conv1(x)), self.T)
+            return self.sn1.forward_static(self.conv1(x), self.T, norm=self.bn1)
         else:
             x_seq = x
-        return self.sn1(per_image(x_seq, self.conv1, self.bn1))
+        return self.sn1(per_image(x_seq, self.conv1), norm=self.bn1)
 
     def _stages(self) -> list[nn.Module]:
         return [self.layer1, self.layer2, self.layer3, self.layer4]

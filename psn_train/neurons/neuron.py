@@ -52,11 +52,29 @@ class Neuron(nn.Module):
         """x [N, ...] -> spikes [N, ...] of the next time-step; the state is kept until `reset()`."""
         raise NotImplementedError
 
-    def forward(self, x_seq: Tensor, static_steps: int | None = None) -> Tensor:
+    def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor | None:
+        """Batch norm and neuron in one: the arguments and result of `forward`; None where there is no such way."""
+        return None
+
+    def forward(self, x_seq: Tensor, static_steps: int | None = None, norm: nn.Module | None = None) -> Tensor:
         """x_seq [T, ...] -> spike_seq [T, ...]; in step_mode "s" x [N, ...] -> spikes [N, ...].
 
-        With static_steps = T the input is one x [N, ...], the same at each of T steps: `forward_static`.
+        Args:
+            static_steps: T, where the input is one x [N, ...], the same at each of T steps: `forward_static`.
+            norm: a batch norm that stands before the neuron and sees [T * N, C, ...] of [T, N, C, ...]; not in
+                step_mode "s". It is computed together with the neuron where there is a way.
         """
+        if norm is not None:
+            if not self._streaming and self.step_mode == "m":
+                self._check(x_seq, "x_seq")
+                self._check_T(x_seq.shape[0] if static_steps is None else static_steps)
+                spikes = self.parallel_behind(norm, x_seq, static_steps)
+                if spikes is not None:
+                    return spikes
+            if static_steps is not None:
+                x_seq = norm(x_seq)
+            else:
+                x_seq = norm(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])
         if self._streaming:
             self._check(x_seq, "x_seq")
             return self.step(x_seq[0]).unsqueeze(0)
@@ -75,12 +93,12 @@ class Neuron(nn.Module):
         self._check_T(x_seq.shape[0])
         return self.parallel(x_seq)
 
-    def forward_static(self, x: Tensor, T: int | None = None) -> Tensor:
+    def forward_static(self, x: Tensor, T: int | None = None, norm: nn.Module | None = None) -> Tensor:
         """x [N, ...], the same at each of T steps (default: the layer's own T) -> spike_seq [T, N, ...]; hooks run."""
         T = self.T if T is None else T
         if T is None or T < 1:
             raise ValueError(f"{self._where()}: forward_static got T={T}, wanted a number of time-steps of at least 1")
-        return self(x, static_steps=T)
+        return self(x, static_steps=T, norm=norm)
 
     def reset(self) -> None:
         """Forget the state of step mode "s"."""

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from psn_train.neurons import functional
+from psn_train.neurons.kernels.batch_norm import joins, norm_psn_sequence
+from psn_train.neurons.kernels.sequence import psn_sequence, psn_static_sequence
 from psn_train.neurons.neuron import Neuron, spiking_neurons
 
 
@@ -62,10 +64,15 @@ class PSN(_FullWeight):
         self._make_parameters(T, init, init_tau)
 
     def parallel(self, x_seq: Tensor) -> Tensor:
-        return functional.psn(x_seq, self.weight, self.bias, self.surrogate, self.alpha)
+        return psn_sequence(x_seq, self.weight, self.bias, 0, self.surrogate, self.alpha)
 
     def static(self, x: Tensor, T: int) -> Tensor:
-        return functional.psn_static(x, self.weight, self.bias, self.surrogate, self.alpha)
+        return psn_static_sequence(x, T, self.weight, self.bias, self.surrogate, self.alpha)
+
+    def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor | None:
+        if not joins(norm, y_seq):
+            return None
+        return norm_psn_sequence(y_seq, norm, self.weight, self.bias, 0, self.surrogate, self.alpha, static_steps)
 
     def _check_step_mode(self, mode: str) -> None:
         super()._check_step_mode(mode)
@@ -110,7 +117,7 @@ class MaskedPSN(_FullWeight):
         self.register_buffer("lambda_", torch.empty(()))
         # saved, because the shape of the weight does not tell the order
         self.register_buffer("order", torch.tensor(k))
-        self._warned = False
+        self._warned = self._was_open = False
         self.set_lambda(lambda_)
         self.reset()
 
@@ -122,14 +129,32 @@ class MaskedPSN(_FullWeight):
         self.lambda_.fill_(value)
         # what the host knows of the buffer, so that no forward has to ask the device
         self._host_lambda = value
+        self._was_open = self._was_open or value < 1.0
 
     def parallel(self, x_seq: Tensor) -> Tensor:
         self._warn_unmasked()
-        return functional.masked_psn(x_seq, self.weight, self.bias, self.k, self.lambda_, self.surrogate, self.alpha)
+        return psn_sequence(x_seq, self._masked_weight(x_seq), self.bias, self._band(), self.surrogate, self.alpha)
 
     def static(self, x: Tensor, T: int) -> Tensor:
         self._warn_unmasked()
-        return functional.masked_psn_static(x, self.weight, self.bias, self.k, self.lambda_, self.surrogate, self.alpha)
+        return psn_static_sequence(x, T, self._masked_weight(x), self.bias, self.surrogate, self.alpha)
+
+    def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor | None:
+        if not joins(norm, y_seq):
+            return None
+        self._warn_unmasked()
+        weight, band = self._masked_weight(y_seq), self._band()
+        return norm_psn_sequence(y_seq, norm, weight, self.bias, band, self.surrogate, self.alpha, static_steps)
+
+    def _masked_weight(self, x: Tensor) -> Tensor:
+        weight = self.weight.to(functional.compute_dtype(x, self.weight))
+        return functional.masked_weight(weight, self.k, self.lambda_)
+
+    def _band(self) -> int:
+        """k where the weight is zero outside the band, else 0. Compiled code does not ask, lest it be compiled anew."""
+        if torch.compiler.is_compiling():
+            return 0 if self._was_open else self.k
+        return self.k if self._host_lambda >= 1.0 else 0
 
     def step(self, x: Tensor) -> Tensor:
         if self._host_lambda < 1.0:
@@ -167,6 +192,7 @@ class MaskedPSN(_FullWeight):
     def _read_lambda(self) -> None:
         if not self.lambda_.is_meta:
             self._host_lambda = float(self.lambda_)
+            self._was_open = self._was_open or self._host_lambda < 1.0
 
     def _warn_unmasked(self) -> None:
         if self.training or self._host_lambda >= 1.0 or self._warned or torch.compiler.is_compiling():
@@ -217,10 +243,15 @@ class SlidingPSN(Neuron):
         nn.init.constant_(self.bias, -1.0)
 
     def parallel(self, x_seq: Tensor) -> Tensor:
-        return functional.sliding_psn(x_seq, self.weight, self.bias, self.surrogate, self.alpha)
+        return psn_sequence(x_seq, self.weight, self.bias, 0, self.surrogate, self.alpha)
 
     def static(self, x: Tensor, T: int) -> Tensor:
-        return functional.sliding_psn_static(x, T, self.weight, self.bias, self.surrogate, self.alpha)
+        return psn_static_sequence(x, T, self.weight, self.bias, self.surrogate, self.alpha)
+
+    def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor | None:
+        if not joins(norm, y_seq):
+            return None
+        return norm_psn_sequence(y_seq, norm, self.weight, self.bias, 0, self.surrogate, self.alpha, static_steps)
 
     def step(self, x: Tensor) -> Tensor:
         queue = functional.new_queue(x, self.k) if self._queue is None else self._queue

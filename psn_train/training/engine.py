@@ -32,13 +32,13 @@ def wants_deepspeed() -> bool:
 class DataParallel:
     """One process, or as many as there are under DDP; every rank has all weights and all of the optimiser's state.
 
-    Attributes:
-        network: the bare network.
-        name: for logs.
-<<<<<<< HEAD
-=======
-        divided: True where a forward pass gathers the weights, so that all ranks have to take part in it.
->>>>>>> 9583185
+        Attributes:
+            network: the bare network.
+            name: for logs.
+    <<<<<<< HEAD
+    =======
+            divided: True where a forward pass gathers the weights, so that all ranks have to take part in it.
+    >>>>>>> 9583185
     """
 
     def __init__(self, recipe: Recipe, network: nn.Module, optimizer: torch.optim.Optimizer, accelerator):

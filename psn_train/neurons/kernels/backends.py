@@ -1,0 +1,64 @@
+"""Who computes the operators: plain PyTorch, Inductor, or hand-written Triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import logging
+
+import torch
+
+BACKENDS = ("reference", "compiled", "triton")
+_MODULES = {
+    "reference": ("plain", "plain_norm"),
+    "compiled": ("inductor", "inductor_norm"),
+    "triton": ("triton_psn", "triton_norm"),
+}
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_log = logging.getLogger(__name__)
+# "auto", or one of BACKENDS for every neuron
+_forced = "auto"
+
+
+def use_backend(name: str) -> None:
+    """Let every neuron of the PSN family be computed by that backend; "auto": by `choose`.
+
+    Raises:
+        ValueError: there is none of that name, or it cannot run here.
+    """
+    global _forced
+    if name != "auto":
+        if name not in BACKENDS:
+            raise ValueError(f"kernels: got {name!r}, wanted auto, {', '.join(BACKENDS)}")
+        if name == "triton" and not _HAS_TRITON:
+            raise ValueError("kernels: got 'triton', and the package triton is not here; take auto or compiled")
+    _forced = name
+
+
+def choose(device: torch.device) -> str:
+    """The backend of a tensor's device: the forced one; else Triton on a GPU that has it, plain PyTorch elsewhere."""
+    if _forced != "auto":
+        name = _forced
+    else:
+        name = "triton" if device.type == "cuda" and _HAS_TRITON else "reference"
+    if not torch.compiler.is_compiling():
+        _tell(name, device.type)
+    return name
+
+
+@functools.cache
+def _tell(name: str, device: str) -> None:
+    _log.info("PSN kernels on %s: %s", device, name)
+
+
+@functools.cache
+def load(name: str):
+    """The module with `forward` and `backward` of a PSN alone."""
+    return importlib.import_module(f"{__package__}.{_MODULES[name][0]}")
+
+
+@functools.cache
+def load_norm(name: str):
+    """The module with `statistics`, `norm_forward`, `norm_reduce` and `norm_backward`, of batch norm and PSN."""
+    return importlib.import_module(f"{__package__}.{_MODULES[name][1]}")

@@ -1,0 +1,158 @@
+"""The backend "compiled": the same sums written out step by step, so that Inductor makes one loop over M of them.
+
+Where they have many terms, matrix products by the library are faster, and they are left as they are.
+
+Legend: T steps out, J steps in, M neurons, k taps.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from psn_train.neurons.functional.surrogate import get_surrogate
+from psn_train.neurons.kernels import plain
+from psn_train.neurons.layout import compute_dtype, no_autocast
+
+# more products than that are left to a matrix product
+_MOST_TERMS = 256
+
+# for each step out: which input is multiplied with which number of the flattened weight
+Taps = tuple[tuple[tuple[int, int], ...], ...]
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, band: int) -> Tensor:
+    """x [J, M] -> spikes [T, M]."""
+    taps = terms(x, weight, band)
+    if taps is None:
+        return plain.forward(x, weight, bias, band)
+    return compile_once(written_out, taps, kind=(x.dtype, weight.dtype))(_any_width(x), weight, bias)
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, band: int, surrogate: str, alpha: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x [J, M], weight and bias. Outside the band the weight's is zero."""
+    taps = terms(x, weight, band)
+    if taps is None:
+        return plain.backward(grad, x, weight, bias, band, surrogate, alpha)
+    run = compile_once(gradients_written_out, taps, surrogate, alpha, kind=(x.dtype, weight.dtype))
+    return run(_any_width(grad), _any_width(x), weight, bias)
+
+
+class Inlined(torch.autograd.Function):
+    """The operator inside of a graph that is being compiled, where it is joined with what stands around it."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, band: int, surrogate: str, alpha: float) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.constants = band, surrogate, alpha
+        taps = terms(x, weight, band)
+        if taps is not None:
+            return written_out(taps)(x, weight, bias)
+        with no_autocast(x):
+            full, column, rows = _products(x, weight, bias)
+            return (torch.addmm(column, full, rows) >= 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, bias = ctx.saved_tensors
+        band, surrogate, alpha = ctx.constants
+        taps = terms(x, weight, band)
+        if taps is not None:
+            return *gradients_written_out(taps, surrogate, alpha)(grad, x, weight, bias), None, None, None
+        with no_autocast(x):
+            full, column, rows = _products(x, weight, bias)
+            slope = get_surrogate(surrogate).derivative
+            grad_h = slope(torch.addmm(column, full, rows), alpha) * grad.to(rows.dtype)
+            grad_weight = plain.of_weight(grad_h @ rows.t(), weight)
+            grad_bias = plain.of_bias(grad_h.sum(1), bias)
+            return (full.t() @ grad_h).to(x.dtype), grad_weight, grad_bias, None, None, None
+
+
+def _products(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(x, weight)
+    return *plain.coefficients(plain.steps_out(x, weight), dtype, weight, bias), x.to(dtype)
+
+
+def terms(x: Tensor, weight: Tensor, band: int) -> Taps | None:
+    """The products that h[t] is the sum of, none outside the band; None where they are too many."""
+    k = weight.shape[0] if weight.ndim == 1 else band
+    taps = _terms(plain.steps_out(x, weight), x.shape[0], k, weight.ndim == 1)
+    return taps if sum(map(len, taps)) <= _MOST_TERMS else None
+
+
+@functools.cache
+def _terms(T: int, J: int, k: int, shared: bool) -> Taps:
+    def place(t: int, j: int) -> int:
+        return k - 1 - (t - j) if shared else t * J + j
+
+    steps = [range(max(0, t - k + 1), t + 1) if k else range(J) for t in range(T)]
+    return tuple(tuple((j, place(t, j)) for j in inputs) for t, inputs in enumerate(steps))
+
+
+def potential(x: list[Tensor], taps: Taps, weight: Tensor, bias: Tensor) -> list[Tensor]:
+    """h [T] of [M] each, from the J inputs [M] each."""
+    bias = bias.expand(len(taps))
+    h = []
+    for t, products in enumerate(taps):
+        total = bias[t].expand_as(x[0])
+        for j, place in products:
+            total = total + weight[place] * x[j]
+        h.append(total)
+    return h
+
+
+def written_out(taps: Taps) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(x [J, M], weight, bias) -> spikes [T, M]."""
+
+    def psn_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        dtype = compute_dtype(x, weight)
+        h = potential(list(x.to(dtype).unbind(0)), taps, weight.to(dtype).flatten(), bias.to(dtype))
+        return torch.stack([(part >= 0).to(x.dtype) for part in h])
+
+    return psn_forward
+
+
+def gradients_written_out(taps: Taps, surrogate: str, alpha: float) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """(grad [T, M], x [J, M], weight, bias) -> their gradients, of x, weight and bias."""
+    slope = get_surrogate(surrogate).derivative
+
+    def psn_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = compute_dtype(x, weight)
+        flat, rows = weight.to(dtype).flatten(), list(x.to(dtype).unbind(0))
+        h = potential(rows, taps, flat, bias.to(dtype))
+        grad_h = [slope(h[t], alpha) * grad[t].to(dtype) for t in range(len(taps))]
+        of_x: list[list[Tensor]] = [[] for _ in rows]
+        of_weight: list[list[Tensor]] = [[] for _ in range(weight.numel())]
+        for t, products in enumerate(taps):
+            for j, place in products:
+                of_x[j].append(flat[place] * grad_h[t])
+                of_weight[place].append((grad_h[t] * rows[j]).sum())
+        nothing, none = torch.zeros_like(rows[0]), flat.new_zeros(())
+        grad_x = torch.stack([sum(parts[1:], parts[0]) if parts else nothing for parts in of_x])
+        grad_weight = torch.stack([sum(parts[1:], parts[0]) if parts else none for parts in of_weight])
+        grad_bias = plain.of_bias(torch.stack([part.sum() for part in grad_h]), bias)
+        return grad_x.to(x.dtype), grad_weight.view_as(weight).to(weight.dtype), grad_bias
+
+    return psn_backward
+
+
+@functools.cache
+def compile_once(make: Callable[..., Callable], *arguments, kind: tuple = ()) -> Callable:
+    """What `make` makes, as one graph; each has a code of its own, since torch counts how often one is compiled."""
+    made = make(*arguments)
+    code = made.__code__.replace(co_name=f"{made.__name__}_{len(arguments[0])}")
+    own = types.FunctionType(code, made.__globals__, made.__name__, made.__defaults__, made.__closure__)
+    return torch.compile(own, fullgraph=True)
+
+
+def _any_width(rows: Tensor) -> Tensor:
+    """The same rows, of which code is compiled for any M."""
+    rows = rows.detach()
+    torch._dynamo.maybe_mark_dynamic(rows, 1)
+    return rows

@@ -1,0 +1,127 @@
+"""Batch norm and PSN in one, the backend "compiled": written out step by step, one loop over all neurons a pass.
+
+All sums over neurons that the backward pass wants follow from two, which are sums by channel alone, and so come out of
+one loop: with d the gradient of h, of each pair of steps sum d[t] y[j], and of each step sum d[t].
+
+Legend: as in plain_norm.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from psn_train.neurons.functional.surrogate import get_surrogate
+from psn_train.neurons.kernels import plain, plain_norm
+from psn_train.neurons.kernels.inductor import Taps, compile_once, potential, terms
+from psn_train.neurons.layout import compute_dtype
+
+statistics = plain_norm.statistics
+
+
+def norm_forward(y, scale, shift, weight, bias, band, add):
+    """See `plain_norm.norm_forward`."""
+    taps = terms(y, weight, band)
+    if taps is None:
+        return plain_norm.norm_forward(y, scale, shift, weight, bias, band, add)
+    run = compile_once(_forward, taps, kind=_kind(y, weight, add))
+    return run(*_any_size(y, scale, shift), weight, bias, *_any_size(add))
+
+
+def norm_reduce(grad, y, scale, shift, weight, bias, band, surrogate, alpha):
+    """See `plain_norm.norm_reduce`."""
+    taps = terms(y, weight, band)
+    if taps is None:
+        return plain_norm.norm_reduce(grad, y, scale, shift, weight, bias, band, surrogate, alpha)
+    run = compile_once(_sums, taps, surrogate, alpha, kind=_kind(y, weight))
+    pairs, sums = run(*_any_size(grad, y, scale, shift), weight, bias)  # [T, J, C], [T, C]
+    full, _ = plain.coefficients(grad.shape[0], pairs.dtype, weight, bias)
+    grad_full = (pairs * scale + sums.unsqueeze(1) * shift).sum(2)
+    sum_dz = (full.sum(1, keepdim=True) * sums).sum(0)
+    sum_dz_y = (full.unsqueeze(2) * pairs).sum((0, 1))
+    return plain.of_weight(grad_full, weight), plain.of_bias(sums.sum(1), bias), sum_dz, sum_dz_y
+
+
+def norm_backward(grad, y, scale, shift, weight, bias, band, surrogate, alpha, of_dz, of_y, constant):
+    """See `plain_norm.norm_backward`."""
+    taps = terms(y, weight, band)
+    if taps is None:
+        return plain_norm.norm_backward(
+            grad, y, scale, shift, weight, bias, band, surrogate, alpha, of_dz, of_y, constant
+        )
+    run = compile_once(_gradient, taps, surrogate, alpha, kind=_kind(y, weight))
+    return run(*_any_size(grad, y, scale, shift), weight, bias, *_any_size(of_dz, of_y, constant))
+
+
+def _inputs(y: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    """y and z of each step."""
+    steps = list(y.to(dtype).unbind(0))  # J of [A, C, B]
+    return steps, [step * scale.unsqueeze(1) + shift.unsqueeze(1) for step in steps]
+
+
+def _forward(taps: Taps) -> Callable[..., Tensor]:
+    def norm_psn_forward(y, scale, shift, weight, bias, add):
+        dtype = compute_dtype(y, weight)
+        _, z = _inputs(y, scale, shift, dtype)
+        h = potential(z, taps, weight.to(dtype).flatten(), bias.to(dtype))
+        spikes = torch.stack([(part >= 0).to(y.dtype) for part in h])
+        return spikes if add is None else add + spikes
+
+    return norm_psn_forward
+
+
+def _grad_h(grad, z, taps, weight, bias, surrogate, alpha) -> list[Tensor]:
+    slope = get_surrogate(surrogate).derivative
+    h = potential(z, taps, weight.to(z[0].dtype).flatten(), bias.to(z[0].dtype))
+    return [slope(part, alpha) * grad[t].to(part.dtype) for t, part in enumerate(h)]
+
+
+def _sums(taps: Taps, surrogate: str, alpha: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    def norm_psn_sums(grad, y, scale, shift, weight, bias):
+        steps, z = _inputs(y, scale, shift, compute_dtype(y, weight))
+        grad_h = _grad_h(grad, z, taps, weight, bias, surrogate, alpha)
+        none = torch.zeros_like(scale, dtype=z[0].dtype)
+        pairs = []
+        for part, products in zip(grad_h, taps, strict=True):
+            inputs = {j for j, _ in products}
+            pairs.append(
+                torch.stack([(part * y_j).sum((0, 2)) if j in inputs else none for j, y_j in enumerate(steps)])
+            )
+        return torch.stack(pairs), torch.stack([part.sum((0, 2)) for part in grad_h])
+
+    return norm_psn_sums
+
+
+def _gradient(taps: Taps, surrogate: str, alpha: float) -> Callable[..., Tensor]:
+    def norm_psn_backward(grad, y, scale, shift, weight, bias, of_dz, of_y, constant):
+        dtype = compute_dtype(y, weight)
+        steps, z = _inputs(y, scale, shift, dtype)
+        grad_h = _grad_h(grad, z, taps, weight, bias, surrogate, alpha)
+        flat = weight.to(dtype).flatten()
+        grad_y = [step * of_y.unsqueeze(1) + constant.unsqueeze(1) for step in steps]
+        for part, products in zip(grad_h, taps, strict=True):
+            for j, place in products:
+                grad_y[j] = grad_y[j] + (flat[place] * of_dz).unsqueeze(1) * part
+        return torch.stack(grad_y).to(y.dtype)
+
+    return norm_psn_backward
+
+
+def _kind(y: Tensor, weight: Tensor, add: Tensor | None = None) -> tuple:
+    """What code is compiled anew for."""
+    return y.dtype, weight.dtype, y.shape[3] == 1, add is None
+
+
+def _any_size(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The same tensors, [J, A, C, B] or [C], for which code is compiled whatever A, C and B are; a B of 1 stays 1."""
+    found = []
+    for tensor in tensors:
+        if tensor is not None:
+            tensor = tensor.detach()
+            for axis in (1, 2, 3) if tensor.ndim == 4 else (0,):
+                if tensor.shape[axis] > 1:
+                    torch._dynamo.maybe_mark_dynamic(tensor, axis)
+        found.append(tensor)
+    return found

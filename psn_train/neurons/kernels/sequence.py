@@ -1,0 +1,58 @@
+"""What the neurons call: the operators on sequences of any layout.
+
+Legend: T time-steps, k taps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from psn_train.neurons.functional import parallel as law
+from psn_train.neurons.functional.surrogate import fire
+from psn_train.neurons.kernels import backends, inductor
+from psn_train.neurons.kernels.operators import psn
+from psn_train.neurons.layout import compute_dtype, from_rows, to_rows
+
+
+def psn_sequence(
+    x_seq: Tensor, weight: Tensor, bias: Tensor, band: int = 0, surrogate: str = "atan", alpha: float = 2.0
+) -> Tensor:
+    """x_seq [T, ...] -> spike_seq [T, ...] in its dtype and layout; the arguments are those of `operators.psn`.
+
+    A sliding PSN has taps [k] for a weight and a bias [].
+    """
+    if wants_the_law():
+        full = law.sliding_weight(weight, x_seq.shape[0]) if weight.ndim == 1 else weight
+        h = law.psn_h(x_seq, full, bias.expand(full.shape[0]))
+        return fire(h, surrogate, alpha, x_seq.dtype)
+    x, layout = to_rows(x_seq)
+    return from_rows(_rows(x, weight, bias, band, surrogate, alpha), layout)
+
+
+def psn_static_sequence(
+    x: Tensor, T: int, weight: Tensor, bias: Tensor, surrogate: str = "atan", alpha: float = 2.0
+) -> Tensor:
+    """One x [...], the same at each of T steps -> spike_seq [T, ...]; x is not copied T times."""
+    full = law.sliding_weight(weight, T) if weight.ndim == 1 else weight
+    full = full.to(compute_dtype(x, weight)).sum(1, keepdim=True)  # [T, 1]
+    return psn_sequence(x.unsqueeze(0), full, bias.expand(T), 0, surrogate, alpha)
+
+
+def _rows(x: Tensor, weight: Tensor, bias: Tensor, band: int, surrogate: str, alpha: float) -> Tensor:
+    backend = backends.choose(x.device)
+    if backend == "compiled" and torch.compiler.is_compiling():
+        return inductor.Inlined.apply(x, weight, bias, band, surrogate, alpha)
+    return psn(x, weight, bias, band, surrogate, alpha, backend)
+
+
+def wants_the_law() -> bool:
+    """Other programs do not know the operators, and neither do the transforms of torch.func."""
+    # torch 2.6 has no is_exporting
+    exporting = getattr(torch.compiler, "is_exporting", None)
+    return (
+        torch.jit.is_tracing()
+        or torch.onnx.is_in_onnx_export()
+        or (exporting is not None and exporting())
+        or torch._C._are_functorch_transforms_active()
+    )
