@@ -61,7 +61,7 @@ class Updater:
                 share = len(labels) / plan.global_batch_size
                 if last and self.watch is not None:
                     self.watch.phase("update")
-                engine.backward(self.scaler.scale(loss * (share * engine.loss_factor)), last)
+                engine.backward(self.scaler.scale(loss * share), last)
             losses.append(loss.detach())
             shares.append(len(labels))
             hits += (mean_over_time(logits.detach().float(), mask).argmax(1) == labels).sum()

@@ -51,8 +51,6 @@ class Zero:
         self.device, self.world_size = accelerator.device, accelerator.num_processes
         self.stage = config["zero_optimization"]["stage"]
         self.name, self.divided = f"ZeRO-{self.stage}", self.stage == 3
-        # DeepSpeed takes the mean over the ranks
-        self.loss_factor = float(self.world_size)
         self.names = {id(parameter): name for name, parameter in network.named_parameters()}
         check_elementwise(optimizer)
         deepspeed = load_deepspeed()
@@ -62,10 +60,17 @@ class Zero:
                 backend = "gloo" if self.device.type == "cpu" else "nccl"
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             deepspeed.init_distributed(dist_init_required=False)
+            single = [parameter for parameter in network.parameters() if parameter.ndim == 0]
+            for parameter in single:
+                dist.broadcast(parameter.data, 0)
+                # DeepSpeed's own broadcast fails on single numbers, and leaves out what is marked so
+                parameter.ds_optim_param = True
             module = _InFp16(network, self.device) if recipe.precision.dtype == "fp16" else network
             self.engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
             )
+        for parameter in single:
+            del parameter.ds_optim_param
         self.parts = ZeroParts(self.engine.optimizer, self.stage)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -93,9 +98,11 @@ class Zero:
         return squares.sqrt()
 
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
+        gradients = self.gradients()
+        # DeepSpeed has taken the mean over the ranks
+        torch._foreach_mul_(gradients, self.world_size)
         if not scaler.is_enabled():
             return
-        gradients = self.gradients()
         # a rank sees its own parts only, and all have to find the same
         finite = torch.zeros((), dtype=torch.float32, device=self.device)
         for gradient in gradients:
