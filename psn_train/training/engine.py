@@ -134,8 +134,9 @@ def build_engine(recipe: Recipe, plan, network: nn.Module, optimizer: torch.opti
     if not wants_deepspeed():
         return DataParallel(recipe, network, optimizer, accelerator)
     from psn_train.training.zero import Zero
+    from psn_train.training.zero_config import zero_config
 
-    return Zero(recipe, plan, network, optimizer, accelerator)
+    return Zero(recipe, plan, network, optimizer, accelerator, zero_config(recipe))
 
 
 def check_engine(recipe: Recipe) -> int | None:

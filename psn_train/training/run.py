@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from psn_train.data.index import ShardError
+from psn_train.data.progress import last_progress, note_progress
 from psn_train.data.stream import Batch
 from psn_train.neurons import get_lambda, set_lambda
 from psn_train.recipe import Plan, Recipe
@@ -348,8 +349,12 @@ class Run:
             raise CheckpointError(lost or "the last checkpoint could not be written; the main process says more")
 
     def _settle_saver(self) -> None:
-        # the other ranks wait in collectives of half a second, which do not time out
-        while self.stop.of_main(self.is_main and self.saver.busy(0.5)):
+        # the other ranks wait in collectives of half a second, and get on as long as the writing does
+        before = 0.0
+        while now := self.stop.of_main((last_progress() or 1.0) if self.is_main and self.saver.busy(0.5) else 0.0):
+            if now != before and not self.is_main:
+                note_progress()
+            before = now
             self._show_saver()
         self._show_saver()
 

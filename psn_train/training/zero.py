@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from psn_train.recipe import Recipe
+from psn_train.recipe import Plan, Recipe
 from psn_train.training.checkpoint import CheckpointError
 from psn_train.training.optimizer_state import flat_state, restore_groups, state_by_owner
 from psn_train.training.runtime import autocast
-from psn_train.training.zero_config import complete_config, zero_config
+from psn_train.training.zero_config import complete_config
 from psn_train.training.zero_parts import ZeroParts, check_elementwise
 
 
@@ -43,10 +43,19 @@ class Zero:
 
     Args:
         network: on its device, with its weights; its parameters are contiguous (DeepSpeed flattens them).
+        config: see `zero_config`.
     """
 
-    def __init__(self, recipe: Recipe, plan, network: nn.Module, optimizer: torch.optim.Optimizer, accelerator):
-        config = complete_config(zero_config(recipe), recipe, plan)
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accelerator,
+        config: dict,
+    ):
+        config = complete_config(config, recipe, plan)
         self.recipe, self.network, self.optimizer = recipe, network, optimizer
         self.device, self.world_size = accelerator.device, accelerator.num_processes
         self.stage = config["zero_optimization"]["stage"]
@@ -140,11 +149,11 @@ class Zero:
         gc.collect()
 
 
-def load_deepspeed(level: int = logging.WARNING):
-    """The package, without its lines about itself below `level`, and without what would be compiled for a minute."""
+def load_deepspeed():
+    """The package, without its lines about itself below a warning, and without what would be compiled for a minute."""
     with _quiet():
         import deepspeed
-    logging.getLogger("DeepSpeed").setLevel(level)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # an operator for several processes of a CPU, which wants a compiler, too
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
