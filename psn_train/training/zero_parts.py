@@ -81,14 +81,12 @@ class ZeroParts:
     def whole_states(self, inner: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, dict]]:
         """Each parameter's state as the optimiser would have it on one rank; see `_whole`."""
         for group, flat in zip(self.groups, self.flats, strict=True):
-            state = inner.state.get(flat, {})
+            # all ranks in one order: that in which a file's tensors are read is each process's own
+            state = sorted(inner.state.get(flat, {}).items())
             for parameter in group if state else ():
                 yield (
                     parameter,
-                    {
-                        key: self._whole(parameter, value) if is_flat(value, flat) else value
-                        for key, value in state.items()
-                    },
+                    {key: self._whole(parameter, value) if is_flat(value, flat) else value for key, value in state},
                 )
 
     def load_states(self, inner: torch.optim.Optimizer, owners: dict[str, dict], names: dict[int, str]) -> None:
