@@ -86,7 +86,7 @@ def test_two_equal_processes_are_ready(small, tmp_path):
 
 def test_what_differs_is_named_with_rank_and_host(small, tmp_path):
     """One launch of three processes, each wrong in a way of its own."""
-    document = small()
+    document = small(checkpoint={"dir": str(tmp_path / "checkpoints")})
     recipe_file(document, tmp_path, "rank0.yaml")
     recipe_file(merged(document, {"optim": {"lr": 0.5}}), tmp_path, "rank1.yaml")
     recipe_file(document, tmp_path, "rank2.yaml")
@@ -118,7 +118,7 @@ if rank == 2:
     one("version of torch", "2.0.0 on rank 1 (host-b); 2.", "on rank 0 (host-a), rank 2 (host-c)")
     one("recipe hash", "on rank 1 (host-b)")
     one("the clock of rank 2 (host-c) is 7.5", "s behind that of rank 0 (host-a)")
-    one("rank 2 (host-c): disk of", "0.00 GB free")
+    one(f"rank 2 (host-c): disk of {tmp_path}/checkpoints", "0.00 GB free")
     one("all-reduce is wrong on rank 2 (host-c)", "1 of 1,000 sums in float32")
     assert len(told) == 5 and "5 to mend" in output, output
 

@@ -85,15 +85,32 @@ class TestProcesses:
         assert losses[0] == losses[1] and len(losses[0]) == 8
 
     @pytest.mark.long
-    def test_states_of_single_numbers_go_from_ddp_to_zero2(self, small, stage, tmp_path):
-        """A sliding PSN's bias is one; so is AdamW's counter."""
+    def test_gradients_of_two_ranks_are_the_same_sum_in_order_and_as_they_come(self, small, tmp_path):
+        """GPUs use the second; under gloo it is the same all-reduce."""
+        documents = small("ordered", **EXACT), small("as_they_come", **EXACT)
+        patch = "import psn_train.training.engine as m\nm.sum_in_order = m.sum_as_it_comes"
+        for document, before in zip(documents, ("", patch), strict=True):
+            status, output = launch(document, tmp_path, 2, before=before)
+            assert status == 0, output
+        assert_equal(parameters(documents[1]), parameters(documents[0]))
+
+    @pytest.mark.long
+    def test_several_states_and_those_of_single_numbers_go_from_ddp_to_zero2(self, small, stage, tmp_path):
+        """A sliding PSN's bias is one; so is AdamW's counter. safetensors gives each process an order of its own."""
+        patch = """
+import os
+import psn_train.training.checkpoint as m
+load = m.load
+m.load = lambda data: dict(sorted(load(data).items(), reverse=os.environ["RANK"] == "1"))
+"""
         changes = merged(
-            EXACT, {"model": {"name": "sew_resnet10_sliding_psn"}, "optim": {"name": "adamw", "lr": 0.003}}
+            EXACT, {"model": {"name": "sew_resnet10_sliding_psn", "k": 2}, "optim": {"name": "adamw", "lr": 0.003}}
         )
         whole, moved = small("whole", **changes), small("moved", **changes)
         run(whole, tmp_path, 2, stage(None))
         run(moved, tmp_path, 2, stage(None), schedule={"stop_after_steps": 4})
-        run(moved, tmp_path, 2, stage(2))
+        status, output = launch(moved, tmp_path, 2, before=patch, engine=stage(2))
+        assert status == 0, output
         assert_equal(saved(moved, "optimizer.safetensors"), saved(whole, "optimizer.safetensors"))
 
     def test_ranks_agree_on_fp16s_scale_where_one_of_them_has_the_infinite_gradient(self, small, stage, tmp_path):

@@ -58,6 +58,15 @@ def test_a_slow_disk_of_the_main_process(small, tmp_path):
     assert_same_run(slow["run_dir"], whole["run_dir"])
 
 
+def test_ranks_wait_for_a_disk_that_gets_on_longer_than_a_start_may_take(small, tmp_path):
+    """Four files of 12 seconds; 30 without progress would end a rank."""
+    patch = SLOW.replace("time.sleep(2)", "time.sleep(12 * (seen.append(0) or len(seen) <= 4))") + "seen = []\n"
+    changes = {**CHANGES, "schedule": {"epochs": None, "steps": 8}}
+    document = small("patient", **changes, watch={"start_timeout_s": 30, "step_timeout_s": 20})
+    status, output = launch(document, tmp_path, 2, before=patch)
+    assert status == 0 and "training waited" in output, output
+
+
 def test_a_save_that_is_lost_is_an_error_of_every_process(small, tmp_path):
     document = small("lost", **CHANGES)
     status, output = launch(document, tmp_path, 2, before=FAILING)

@@ -187,7 +187,7 @@ SLOW = {
     "m.Run.waiting_for = slow\n",
     "compute": "import psn_train.training.step as m\ninner = m.compute_loss\n"
     "def slow(*args):\n    pause()\n    return inner(*args)\nm.compute_loss = slow\n",
-    "save": "import psn_train.training.run as m\ninner = m.RankState.capture\n"
+    "save": "import psn_train.training.capture as m\ninner = m.RankState.capture\n"
     "def slow(*args):\n    pause()\n    return inner(*args)\nm.RankState.capture = slow\n",
 }
 SAYS = {"data": r"waits [\d.]+ s of [\d.]+ s a step for data", "compute": r"computes", "save": r"saves for"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from psn_train.doctor.machine import REQUIRED
 from psn_train.recipe import Recipe, load_recipe, recipe_hash, recipe_path
 from psn_train.training.memory import count_update
 from psn_train.training.runtime import versions
+from psn_train.training.saving import checkpoints_place
+from psn_train.training.storage import Place, StorageError, check_place, free_bytes
 
 # of every shard that is looked into; a tar header
 FIRST_BYTES = 512
@@ -38,12 +39,16 @@ def open_recipe(name: str | None, overrides: list[str]) -> tuple[Recipe | None, 
 
 
 def gather_facts(recipe: Recipe | None, error: str | None, device: torch.device) -> dict:
-    """Everything as JSON: "same" must agree on all ranks, "wrong" are this rank's own problems."""
+    """Everything as JSON: "same" must agree on all ranks, "wrong" are this rank's own problems.
+
+    "free" are the bytes left where checkpoints will be, in "folder"; null of an object store, which does not say.
+    """
     same, wrong = {f"version of {name}": value for name, value in package_versions().items()}, []
     same["CUDA of torch"] = str(torch.version.cuda)
     same["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     same["deepspeed"] = "here" if "version of deepspeed" in same else "missing"
-    folder, wanted = Path("."), ROOM
+    folder: Place = Path(".")
+    wanted = ROOM
     if error is not None:
         wrong.append(f"the recipe cannot be read: {error}")
     if recipe is not None:
@@ -51,16 +56,21 @@ def gather_facts(recipe: Recipe | None, error: str | None, device: torch.device)
         found, problems = _shards(recipe)
         same.update(found)
         wrong += problems
-        folder = recipe.run_path
+        folder = checkpoints_place(recipe)
         # 1,000 classes where the shards do not say: the most that the packaged recipes have
         wanted = checkpoint_bytes(recipe, recipe.model.num_classes or 1000) * (
             recipe.checkpoint.keep_last + FREE_CHECKPOINTS
         )
-    free = free_bytes(folder)
-    if free < wanted:
+    free = None
+    try:
+        check_place(folder)
+        free = free_bytes(folder)
+    except StorageError as error:
+        wrong.append(f"checkpoint.dir: {error}")
+    if free is not None and free < wanted:
         wrong.append(
             f"disk of {folder}: {free / 1e9:.2f} GB free, wanted {wanted / 1e9:.2f} GB for checkpoints; free some, or "
-            "set run_dir"
+            "set checkpoint.dir or run_dir"
         )
     return {"same": same, "wrong": wrong, "free": free, "folder": str(folder)}
 
@@ -72,14 +82,6 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found.setdefault(package, version(package))
     return found
-
-
-def free_bytes(folder: Path) -> int:
-    """Of the disk on which `folder` is, or will be."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def checkpoint_bytes(recipe: Recipe, num_classes: int) -> float:

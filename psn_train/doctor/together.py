@@ -53,11 +53,13 @@ class Examination:
         for text in dict.fromkeys(text for answer in answers for text in answer["wrong"]):
             ranks = [rank for rank, answer in enumerate(answers) if text in answer["wrong"]]
             self.problems.append(f"{listed(ranks, meeting.name)}: {text}")
-        least = min(range(meeting.size), key=lambda rank: answers[rank]["free"])
-        self.lines.append(
-            f"disk: at least {answers[least]['free'] / 1e9:.1f} GB free in {answers[least]['folder']}, on "
-            f"{meeting.name(least)}"
-        )
+        known = [rank for rank in range(meeting.size) if answers[rank]["free"] is not None]
+        if known:
+            least = min(known, key=lambda rank: answers[rank]["free"])
+            self.lines.append(
+                f"disk: at least {answers[least]['free'] / 1e9:.1f} GB free in {answers[least]['folder']}, on "
+                f"{meeting.name(least)}"
+            )
         return answers
 
     def together(self, stage: str, job: Callable[[], object]) -> list | None:

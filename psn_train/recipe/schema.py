@@ -271,7 +271,8 @@ class Watch(Section):
     step_timeout_s: Seconds = 300.0
     """The same from then on: without a new micro-batch, round of the evaluation, part of a file or attempt to fetch
     one. Then all ranks write their stacks to RUN/stacks, and end with status 76. A rank may fetch for longer, but the
-    others wait for it no longer than this."""
+    others wait for it no longer than this. Also how long the process of another rank may give no sign of life, at any
+    time."""
     stop_grace_s: Seconds = 60.0
     """How long a process that was told to stop may go without progress, outside of a save, before it ends without
     saving."""

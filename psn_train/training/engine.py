@@ -6,8 +6,9 @@ are the same code under both, so they mean the same. A rank's gradients are thos
 
     sum over its micro-batches m of  n_m / G  * mean loss of m        n_m samples of the global batch's G
 
-and are added up over the ranks. In float32 on a CPU they are added in the order of the ranks, whatever the buckets: one
-process with as many micro-batches gets the same bits. DeepSpeed adds in its own order, which for two ranks is the same.
+and are added up over the ranks, not averaged: fp16 sees losses of the same size on any number of them. In float32 on a
+CPU they are added in the order of the ranks, whatever the buckets: one process with as many micro-batches gets the same
+bits. DeepSpeed adds in its own order, which for two ranks is the same.
 """
 
 from __future__ import annotations
@@ -32,13 +33,10 @@ def wants_deepspeed() -> bool:
 class DataParallel:
     """One process, or as many as there are under DDP; every rank has all weights and all of the optimiser's state.
 
-        Attributes:
-            network: the bare network.
-            name: for logs.
-    <<<<<<< HEAD
-    =======
-            divided: True where a forward pass gathers the weights, so that all ranks have to take part in it.
-    >>>>>>> 9583185
+    Attributes:
+        network: the bare network.
+        name: for logs.
+        divided: True where a forward pass gathers the weights, so that all ranks have to take part in it.
     """
 
     def __init__(self, recipe: Recipe, network: nn.Module, optimizer: torch.optim.Optimizer, accelerator):
@@ -49,7 +47,7 @@ class DataParallel:
         self.name, self.divided = "DDP" if self.world_size > 1 else "one process", False
         if self.world_size > 1:
             in_order = self.device.type == "cpu" or recipe.precision.deterministic
-            self.module.register_comm_hook(None, sum_in_order if in_order else sum_of_all)
+            self.module.register_comm_hook(None, sum_in_order if in_order else sum_as_it_comes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, C, H, W] or [T, N, C, H, W] -> logits [T, N, K], under the recipe's autocast."""
@@ -73,6 +71,7 @@ class DataParallel:
         return nn.utils.get_total_norm(self.gradients())
 
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
+        """After the last micro-batch: take the loss's scale out of the joined gradients."""
         if scaler.is_enabled():
             scaler.unscale_(self.optimizer)
 
@@ -83,11 +82,11 @@ class DataParallel:
         self.optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The network's state dict; every rank has to ask."""
+        """The network's state dict; every rank has to ask, and rank 0 has it then."""
         return self.network.state_dict()
 
     def optimizer_state(self) -> dict:
-        """See `optimizer_by_name`; every rank has to ask."""
+        """See `optimizer_by_name`; every rank has to ask, and rank 0 has it then."""
         return optimizer_by_name(self.optimizer, self.network)
 
     def load_optimizer_state(self, saved: dict) -> None:
@@ -98,9 +97,10 @@ class DataParallel:
 
 
 # torch compares annotations of hooks with its types, and does not know these, which are strings
-def sum_of_all(_state, bucket):
-    """DDP's communication hook that adds gradients up, where DDP alone would take their mean."""
-    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+def sum_as_it_comes(_state, bucket):
+    """DDP's communication hook that adds gradients up; DDP by itself takes their mean."""
+    joined = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return joined.then(lambda done: done.value()[0])
 
 
 def sum_in_order(_state, bucket):
@@ -119,7 +119,8 @@ def sum_in_order(_state, bucket):
     for rank in range(1, world_size):
         part += parts[rank * size : (rank + 1) * size]
     dist.all_gather_into_tensor(mine, part.contiguous())
-    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    # without its devices it would not make other streams wait
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=[flat.device] if flat.is_cuda else None)
     done.set_result(mine[: flat.numel()])
     return done
 
@@ -133,8 +134,9 @@ def build_engine(recipe: Recipe, plan, network: nn.Module, optimizer: torch.opti
     if not wants_deepspeed():
         return DataParallel(recipe, network, optimizer, accelerator)
     from psn_train.training.zero import Zero
+    from psn_train.training.zero_config import zero_config
 
-    return Zero(recipe, plan, network, optimizer, accelerator)
+    return Zero(recipe, plan, network, optimizer, accelerator, zero_config(recipe))
 
 
 def check_engine(recipe: Recipe) -> int | None:

@@ -20,20 +20,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from psn_train.data.index import ShardError
+from psn_train.data.progress import last_progress, note_progress
 from psn_train.data.stream import Batch
 from psn_train.neurons import get_lambda, set_lambda
 from psn_train.recipe import Plan, Recipe
+from psn_train.training import run_folder
 from psn_train.training.build import Splits
 from psn_train.training.capture import capture_checkpoint
-from psn_train.training.checkpoint import (
-    CheckpointError,
-    read_newest,
-)
+from psn_train.training.checkpoint import CheckpointError
 from psn_train.training.checkpoint_files import clean, forget_best, repair_best
 from psn_train.training.evaluate import Result
 from psn_train.training.metrics import Display, MetricsFile, start_trackers
 from psn_train.training.results import Results, evaluation_line, evaluation_scalars, test_line
-from psn_train.training.run_folder import check_checkpoints, check_same_recipe, lock_folder
 from psn_train.training.runtime import StopSignal, average_batch_norm, gather_rows
 from psn_train.training.saving import Saver, checkpoints_place
 from psn_train.training.step import Updater, training_figures
@@ -66,16 +64,18 @@ class Run:
         self._trackers_failed = False
         self.save_waits: list[float] = []
         if self.is_main:
-            self._lock = lock_folder(self.path)
-            check_checkpoints(recipe)
+            self._lock = run_folder.lock_folder(self.path)
+            run_folder.check_checkpoints(recipe)
             clean(self.checkpoints)
         accelerator.wait_for_everyone()
         watch.start(self.stop)
         if plan.world_size > 1:
             self.stragglers.meet()
-        self.saved = read_newest(self.checkpoints, self.say)
+            run_folder.check_ranks_alike(recipe, splits, self.is_main)
+            watch.listen(self.stragglers.hosts)
+        self.saved = run_folder.read_agreed(self.checkpoints, self.is_main, self.say)
         if self.saved is not None:
-            check_same_recipe(recipe, self.saved.meta)
+            run_folder.check_same_recipe(recipe, self.saved.meta)
             self.results.check_held_out(self.saved.meta)
         self.saver = Saver(recipe, self.saved.path if self.resumes else None) if self.is_main else None
 
@@ -350,8 +350,12 @@ class Run:
             raise CheckpointError(lost or "the last checkpoint could not be written; the main process says more")
 
     def _settle_saver(self) -> None:
-        # the other ranks wait in collectives of half a second, which do not time out
-        while self.stop.of_main(self.is_main and self.saver.busy(0.5)):
+        # the other ranks wait in collectives of half a second, and get on as long as the writing does
+        before = 0.0
+        while now := self.stop.of_main((last_progress() or 1.0) if self.is_main and self.saver.busy(0.5) else 0.0):
+            if now != before and not self.is_main:
+                note_progress()
+            before = now
             self._show_saver()
         self._show_saver()
 

@@ -13,7 +13,8 @@ A rank is at each moment in one phase:
 Progress is every change of phase and every `note_progress` (data/progress.py). Without any for `watch.step_timeout_s`
 (`start_timeout_s` in the phases of LONG) the watching thread writes where all threads stand to RUN/stacks, lets the
 other ranks do the same, says who is missing, and ends the process with status EXIT_HUNG. Collectives have the same
-timeouts; one that fails ends the process in the same way. Nothing here touches a device.
+timeouts; one that fails ends the process in the same way. So does in any phase the silence of another rank for
+`step_timeout_s` (alive.py): of a host that was lost. Nothing here touches a device.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ import torch.distributed as dist
 import psn_train
 from psn_train.data.progress import last_progress, note_progress, share_progress
 from psn_train.recipe import Recipe
+from psn_train.training.alive import Alive
 from psn_train.training.heartbeat import (
     HUNG,
     IN_ORDER,
@@ -82,6 +84,7 @@ class Watch:
         self._closing = threading.Event()
         self._end_lock = threading.Lock()
         self._heart: threading.Thread | None = None
+        self._alive: Alive | None = None
         self._silenced = False
         self._ended: str | None = None
         # a launcher that is killed takes nobody along
@@ -112,6 +115,16 @@ class Watch:
                 forget_ranks(self.folder, self.world_size)
         self._heart = threading.Thread(target=self._beat_on, name="psn heartbeat", daemon=True)
         self._heart.start()
+        if self.world_size > 1:
+            try:
+                self._alive = Alive(self.rank, self.world_size, self.settings.step_timeout_s, self._end)
+            except OSError as error:
+                self._say(f"{error}; a host that is lost is noticed when a collective times out")
+
+    def listen(self, hosts: list[str]) -> None:
+        """All ranks have started; `hosts` by rank. From now on silence counts."""
+        if self._alive is not None:
+            self._alive.start(hosts)
 
     def phase(self, name: str) -> None:
         """The main thread begins with something."""
@@ -162,6 +175,8 @@ class Watch:
         with contextlib.suppress(OSError):
             os.write(self._caught, b"\0")
         self._watcher.join()
+        if self._alive is not None:
+            self._in_time(self._alive.close)
         if self._heart is not None:
             # a disk that does not answer keeps nobody
             self._heart.join(2.0)

@@ -18,11 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from psn_train.recipe import Recipe
+from psn_train.recipe import Plan, Recipe
 from psn_train.training.checkpoint import CheckpointError
 from psn_train.training.optimizer_state import flat_state, restore_groups, state_by_owner
 from psn_train.training.runtime import autocast
-from psn_train.training.zero_config import complete_config, zero_config
+from psn_train.training.zero_config import complete_config
 from psn_train.training.zero_parts import ZeroParts, check_elementwise
 
 
@@ -43,10 +43,19 @@ class Zero:
 
     Args:
         network: on its device, with its weights; its parameters are contiguous (DeepSpeed flattens them).
+        config: see `zero_config`.
     """
 
-    def __init__(self, recipe: Recipe, plan, network: nn.Module, optimizer: torch.optim.Optimizer, accelerator):
-        config = complete_config(zero_config(recipe), recipe, plan)
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accelerator,
+        config: dict,
+    ):
+        config = complete_config(config, recipe, plan)
         self.recipe, self.network, self.optimizer = recipe, network, optimizer
         self.device, self.world_size = accelerator.device, accelerator.num_processes
         self.stage = config["zero_optimization"]["stage"]
@@ -60,10 +69,17 @@ class Zero:
                 backend = "gloo" if self.device.type == "cpu" else "nccl"
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             deepspeed.init_distributed(dist_init_required=False)
+            single = [parameter for parameter in network.parameters() if parameter.ndim == 0]
+            for parameter in single:
+                dist.broadcast(parameter.data, 0)
+                # DeepSpeed's own broadcast fails on single numbers, and leaves out what is marked so
+                parameter.ds_optim_param = True
             module = _InFp16(network, self.device) if recipe.precision.dtype == "fp16" else network
             self.engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
             )
+        for parameter in single:
+            del parameter.ds_optim_param
         self.parts = ZeroParts(self.engine.optimizer, self.stage)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -95,9 +111,11 @@ class Zero:
         return squares.sqrt()
 
     def unscale(self, scaler: torch.amp.GradScaler) -> None:
+        gradients = self.gradients()
+        # DeepSpeed has taken the mean over the ranks
+        torch._foreach_mul_(gradients, self.world_size)
         if not scaler.is_enabled():
             return
-        gradients = self.gradients()
         # a rank sees its own parts only, and all have to find the same
         finite = torch.zeros((), dtype=torch.float32, device=self.device)
         for gradient in gradients:
@@ -135,11 +153,11 @@ class Zero:
         gc.collect()
 
 
-def load_deepspeed(level: int = logging.WARNING):
-    """The package, without its lines about itself below `level`, and without what would be compiled for a minute."""
+def load_deepspeed():
+    """The package, without its lines about itself below a warning, and without what would be compiled for a minute."""
     with _quiet():
         import deepspeed
-    logging.getLogger("DeepSpeed").setLevel(level)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # an operator for several processes of a CPU, which wants a compiler, too
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

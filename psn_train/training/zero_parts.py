@@ -60,7 +60,10 @@ class ZeroParts:
         return Part(mapping.hp_fragment_address.start, of_whole.start, of_whole.numel)
 
     def _whole(self, parameter: nn.Parameter, flat: torch.Tensor) -> torch.Tensor:
-        """The parameter's numbers out of all ranks' tensors like `flat`."""
+        """The parameter's numbers out of all ranks' tensors like `flat`, in the host's memory of rank 0 alone.
+
+        So a device has room for one parameter more, not for a whole optimiser.
+        """
         shape, part = self._shape(parameter), self._part(parameter)
         whole = torch.zeros(shape.numel(), dtype=flat.dtype, device=flat.device)
         if part is not None:
@@ -68,7 +71,7 @@ class ZeroParts:
         # one rank has each of them, the others zeros
         if self.world_size > 1:
             dist.all_reduce(whole)
-        return whole.view(shape)
+        return whole.view(shape).cpu() if self.rank == 0 else whole.new_empty(0)
 
     def whole_parameters(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
         for group, flat in zip(self.groups, self.flats, strict=True):
@@ -76,16 +79,14 @@ class ZeroParts:
                 yield parameter, self._whole(parameter, flat)
 
     def whole_states(self, inner: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, dict]]:
-        """Each parameter's state as the optimiser would have it on one rank."""
+        """Each parameter's state as the optimiser would have it on one rank; see `_whole`."""
         for group, flat in zip(self.groups, self.flats, strict=True):
-            state = inner.state.get(flat, {})
+            # all ranks in one order: that in which a file's tensors are read is each process's own
+            state = sorted(inner.state.get(flat, {}).items())
             for parameter in group if state else ():
                 yield (
                     parameter,
-                    {
-                        key: self._whole(parameter, value) if is_flat(value, flat) else value
-                        for key, value in state.items()
-                    },
+                    {key: self._whole(parameter, value) if is_flat(value, flat) else value for key, value in state},
                 )
 
     def load_states(self, inner: torch.optim.Optimizer, owners: dict[str, dict], names: dict[int, str]) -> None:
