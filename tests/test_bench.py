@@ -168,8 +168,8 @@ def test_running_out_of_memory_marks_the_cell(bench, monkeypatch, tmp_path):
 
 
 def test_what_autograd_keeps_is_counted():
-    # a PSN keeps its input and h, a LIF h alone
-    for name, tensors in {"psn": 2, "lif": 1}.items():
+    # a PSN keeps its input, a LIF h
+    for name, tensors in {"psn": 1, "lif": 1}.items():
         assert gate.kept_for_backward(build_neuron(name, T=4), 4, torch.float32, CPU) == 4 * tensors
 
 

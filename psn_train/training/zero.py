@@ -91,11 +91,7 @@ class Zero:
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
-        if last:
-            # DeepSpeed takes the mean over the ranks. Not the loss is made larger, so that gradients in fp16 are as
-            # large, and rounded, as under DDP
-            torch._foreach_mul_(self.gradients(), self.world_size)
-        else:
+        if not last:
             # counts the micro-batch
             self.engine.step()
 
