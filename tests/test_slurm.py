@@ -90,6 +90,22 @@ def test_a_job_that_crashes_at_once_is_not_queued_for_ever(cluster, submit, smal
     assert "2 starts in a row left no newer checkpoint than step 0" in text and "no such device" in text
 
 
+def test_a_store_that_does_not_answer_at_the_end_of_a_start_costs_nothing(cluster, submit, small, tmp_path):
+    """The script asks for the last checkpoint before and after a start; the first start fails, and so does asking."""
+    down, python = tmp_path / "down", tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" = - ] && rm {down} 2>/dev/null && exit 1\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    program = f"""
+import os, sys
+if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+    open({str(down)!r}, "w").close()
+    sys.exit("no such device")
+"""
+    job, log = submit(small("down"), program=program, PYTHON=str(python))
+    state = cluster.wait(job, 400)
+    assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), f"{state}{log.read_text()}"
+
+
 def test_a_recipe_that_cannot_be_trained_starts_nothing(cluster, submit, small):
     job, log = submit(small("typo", optim={"lerning_rate": 1}))
     state = cluster.wait(job, 200)
