@@ -103,7 +103,8 @@ def _potentials(
     T, dtype = plain.steps_out(y, weight), compute_dtype(y, weight)
     full, column = plain.coefficients(T, dtype, weight, bias)
     every = slice(None)
-    for a, c in _blocks(T, *y.shape[1:]):
+    whole = [(every, every)]
+    for a, c in _blocks(T, *y.shape[1:]) if y.device.type == "cpu" else whole:
         part = (every, a, c, every)
         z = y[part].to(dtype) * scale[c].unsqueeze(1) + shift[c].unsqueeze(1)
         h = torch.addmm(column, full, z.flatten(1))
