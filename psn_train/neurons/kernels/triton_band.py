@@ -128,7 +128,7 @@ def backward(
                 tl.store(own + (t * LANES + lane), dh, mask=t < T)
             if grad_weight is not None:
                 sums = tl.zeros([KP, ROWS], tl.float32)
-                for back in tl.static_range(K):
+                for back in range(0, K):
                     z = _input(x, t, back, x_row, column, inside, gain, offset, T, J)
                     sums += tl.where(distance == back, tl.sum(dh * z, axis=1)[None, :], 0.0)
                 here = chunk == first // ROWS
@@ -145,7 +145,7 @@ def backward(
                     dz = tl.where(j == 0, dz_static, 0.0)
                 else:
                     dz = tl.zeros([ROWS, LANES], tl.float32)
-                    for back in tl.static_range(K):
+                    for back in range(0, K):
                         dh = tl.load(own + ((j + back) * LANES + lane), mask=j + back < T, other=0.0)
                         dz += weights(weight, j + back, j, T, J, TAPS) * dh
                 if (a is not None) or (sum_dz is not None):

@@ -35,7 +35,7 @@ class Tile(NamedTuple):
 # so 8 to 16 bytes a read, times T rows at once, and one warp's reads are whole lines; backward, T = 8 holds W and its
 # gradient (64 numbers each) beside 4 lanes of x, h and dz: 250 registers, the most there are. Tiles of "band" and
 # "dense" have 16 rows: 128 lanes and 4 warps make 16 numbers a thread of each tile, and a product of 16 terms reads 8
-# numbers for 16 multiplications.
+# numbers for 16 multiplications. None spills on sm_80 and sm_90; tests/test_triton.py compiles them to see.
 TILES = {
     ("small", "forward"): Tile(512, 4),
     ("small", "backward"): Tile(512, 4),
@@ -43,6 +43,8 @@ TILES = {
     ("band", "backward"): Tile(128, 4),
     ("dense", "forward"): Tile(128, 4),
     ("dense", "backward"): Tile(128, 4),
+    # the weight's gradient [128, 128] in registers
+    ("dense", "backward", 128): Tile(128, 8),
 }
 _ROWS = 16
 
@@ -121,7 +123,7 @@ def forward(
     planes = 8 if with_bits else 1
     plane = triton.cdiv(M, planes)
     bits = x.new_empty(T, plane, dtype=torch.uint8) if with_bits else None
-    x = _unit_stride(x)
+    x = unit_stride(x)
     kind, constants = _kernel(T, x.shape[0], weight, band)
     tile = TILES[kind, "forward"]
     kernel = {"small": triton_small, "band": triton_band, "dense": triton_dense}[kind].forward
@@ -151,7 +153,7 @@ def backward(
     """
     get_surrogate(surrogate)
     (T, M), J = grad.shape, x.shape[0]
-    x, grad = _unit_stride(x), grad.contiguous()
+    x, grad = unit_stride(x), grad.contiguous()
     kind, constants = _kernel(T, J, weight, band)
     tile = TILES[kind, "backward"]
     scale, shift, C, inner = _norm(channels)
@@ -174,6 +176,7 @@ def backward(
     else:
         P = triton.next_power_of_2(T)
         constants |= {"P": P}
+        tile = TILES.get((kind, "backward", P), tile)
         of_weight, of_bias = (P, P), (P,)
         scratch = partial(P, tile.lanes)
     grad_x = x.new_empty(J, M) if "x" in want else None
@@ -225,7 +228,7 @@ def _norm(channels: Channels | None) -> tuple[Tensor | None, Tensor | None, int,
     return scale.float().contiguous(), shift.float().contiguous(), scale.numel(), inner
 
 
-def _unit_stride(rows: Tensor) -> Tensor:
+def unit_stride(rows: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
