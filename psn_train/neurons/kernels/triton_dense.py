@@ -1,9 +1,9 @@
 """Triton kernels for 9 to 128 steps in and out: matrix products of chunks of 16 steps, in full float32.
 
-Every product has 16 terms a step of its loop, which is what a thread can hold: h of a chunk out sums over the chunks in,
-and so does dz, the other way round; the weight's gradient is one tile [P, P] that stays in registers while lanes pass
-by 16 at a time. Chunks are read again out of the cache. The backward pass keeps the gradient of h of its lanes in a
-scratch memory of its own (fp32, in the second-level cache), since all of it is needed for each chunk of dz.
+Every product has 16 terms a step of its loop, which is what a thread can hold. h of a chunk out sums over the chunks
+in, and dz of a chunk in over the chunks out; the weight's gradient is one tile [P, P] that stays in registers while
+lanes pass by 16 at a time. Chunks are read again out of the cache. The backward pass keeps the gradient of h of its
+lanes in a scratch memory of its own (fp32, in the second-level cache), since all of it is needed for each chunk of dz.
 
 Legend: T steps in and out, P padded to a power of two, M neurons, C channels, k taps.
 """
@@ -79,7 +79,7 @@ def backward(
     T: tl.constexpr, TAPS: tl.constexpr, BIAS: tl.constexpr, SURROGATE: tl.constexpr,
     CAUSAL: tl.constexpr, P: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """As `triton_small.backward`: grad_weight [programs, P, P], grad_bias [programs, P]; scratch [programs, P, LANES]."""
+    """As `triton_small.backward`, with Q = P; and scratch [programs, P, LANES]."""
     few, many = tl.arange(0, 16), tl.arange(0, P)
     lane = tl.arange(0, LANES)[None, :]
     program = tl.program_id(0)

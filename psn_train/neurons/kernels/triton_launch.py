@@ -132,10 +132,11 @@ def forward(
     elif kind == "band":
         constants |= {"ROWS": _ROWS}
     scale, shift, C, inner = _norm(channels)
+    column = bias.float()
     launch(
         kernel, (triton.cdiv(plane, tile.lanes),), x.device,
-        x, weight.float().contiguous(), bias.float(), scale, shift, add, out, bits, M, plane, C, inner, x.stride(0),
-        **constants, BIAS=int(bias.ndim > 0), PLANES=planes, LANES=tile.lanes, warps=tile.warps,
+        x, weight.float().contiguous(), column, scale, shift, add, out, bits, M, plane, C, inner, x.stride(0),
+        **constants, BIAS=_step(column), PLANES=planes, LANES=tile.lanes, warps=tile.warps,
     )  # fmt: skip
     return out, bits
 
@@ -157,6 +158,7 @@ def backward(
     kind, constants = _kernel(T, J, weight, band)
     tile = TILES[kind, "backward"]
     scale, shift, C, inner = _norm(channels)
+    column = bias.float()
     steps = walk(M, C * inner, tile.lanes)
     programs = steps.programs
     kernel = {"small": triton_small, "band": triton_band, "dense": triton_dense}[kind].backward
@@ -184,10 +186,10 @@ def backward(
     dz, dz_x = (partial(tile.lanes), partial(tile.lanes)) if "sums" in want else (None, None)
     launch(
         kernel, (programs,), x.device,
-        grad, x, weight.float().contiguous(), bias.float(), scale, shift, *(affine or (None,) * 3),
+        grad, x, weight.float().contiguous(), column, scale, shift, *(affine or (None,) * 3),
         grad_x, grad_weight, grad_bias, dz, dz_x, scratch, M, C, inner, x.stride(0), alpha,
         steps.period, steps.slices * steps.period, steps.blocks, steps.rounds, steps.slices,
-        **constants, BIAS=int(bias.ndim > 0), SURROGATE=surrogate, LANES=tile.lanes, warps=tile.warps,
+        **constants, BIAS=_step(column), SURROGATE=surrogate, LANES=tile.lanes, warps=tile.warps,
     )  # fmt: skip
     if grad_weight is not None:
         grad_weight, grad_bias = grad_weight.sum(0), grad_bias.sum(0).flatten()[:T]
@@ -219,6 +221,11 @@ def _kernel(T: int, J: int, weight: Tensor, band: int) -> tuple[str, dict[str, i
     if J == 1 or 0 < newest <= WIDEST:
         return "band", {"T": T, "J": J, "TAPS": taps, "K": 1 if J == 1 else min(newest, T)}
     return "dense", {"T": T, "TAPS": taps, "CAUSAL": newest > 0}
+
+
+def _step(bias: Tensor) -> int:
+    """From one step's bias to the next; 0 where they share one."""
+    return bias.stride(0) if bias.ndim else 0
 
 
 def _norm(channels: Channels | None) -> tuple[Tensor | None, Tensor | None, int, int]:

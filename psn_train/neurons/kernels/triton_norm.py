@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psn_train.neurons.kernels import plain_norm, triton_launch
+from psn_train.neurons.kernels import bits, plain, plain_norm, triton_launch
 from psn_train.neurons.kernels.triton_launch import DTYPES, Channels, launch, walk
 from psn_train.neurons.kernels.triton_parts import read
 
@@ -88,37 +88,6 @@ def _merge(
     tl.store(var_out + channel, tl.sum(deviations, axis=0) / n)
 
 
-@triton.jit
-def _pack(spikes, bits, M, plane, row_size, LANES: tl.constexpr):
-    """One row of spikes -> its bytes; the row is the grid's second axis."""
-    row = tl.program_id(1).to(tl.int64)
-    start = tl.program_id(0).to(tl.int64) * LANES
-    lane = tl.arange(0, LANES)
-    byte = start + lane
-    packed = tl.zeros([LANES], tl.int32)
-    for bit in tl.static_range(8):
-        column = start + lane
-        value = tl.load(spikes + (row * row_size + column), mask=(byte < plane) & (column < M), other=0)
-        packed |= tl.where(value != 0, 1 << bit, 0)
-        start += plane
-    tl.store(bits + (row * plane + byte), packed.to(tl.uint8), mask=byte < plane)
-
-
-@triton.jit
-def _unpack(bits, spikes, M, plane, row_size, LANES: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    start = tl.program_id(0).to(tl.int64) * LANES
-    lane = tl.arange(0, LANES)
-    byte = start + lane
-    packed = tl.load(bits + (row * row_size + byte), mask=byte < plane, other=0).to(tl.int32)
-    for bit in tl.static_range(8):
-        column = start + lane
-        fired = tl.where((packed & (1 << bit)) != 0, 1.0, 0.0)
-        target = spikes + (row * M + column)
-        tl.store(target, fired.to(spikes.dtype.element_ty), mask=(byte < plane) & (column < M))
-        start += plane
-
-
 def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, float32, in one pass over y [J, A, C, B] -> [C], [C]."""
     J, A, C, B = y.shape
@@ -145,7 +114,7 @@ def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _can(y: Tensor, channels: Channels, weight: Tensor, bias: Tensor) -> bool:
-    T = plain_norm.steps_out(y, weight)
+    T = plain.steps_out(y, weight)
     return triton_launch.can(T, y[0].numel(), channels, y, weight, bias, channels.scale, channels.shift)
 
 
@@ -166,10 +135,11 @@ def norm_forward_bits(
     """`norm_forward` and, before `add`, its spikes as `pack_bits` of [T, M]."""
     channels = Channels(scale, shift, y.shape[3])
     if not _can(y, channels, weight, bias):
-        return plain_norm.norm_forward_bits(y, scale, shift, weight, bias, band, add)
+        spikes = plain_norm.norm_forward(y, scale, shift, weight, bias, band, None)
+        return spikes if add is None else spikes + add, bits.pack_bits(spikes.flatten(1))
     add = None if add is None else add.contiguous()
-    out, bits = triton_launch.forward(y.flatten(1), weight, bias, band, channels, add, with_bits=True)
-    return out.view(-1, *y.shape[1:]), bits
+    out, packed = triton_launch.forward(y.flatten(1), weight, bias, band, channels, add, with_bits=True)
+    return out.view(-1, *y.shape[1:]), packed
 
 
 def norm_reduce(
@@ -187,41 +157,16 @@ def norm_reduce(
 
 def norm_backward(
     grad: Tensor, y: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, band: int, surrogate: str,
-    alpha: float, a: Tensor, b: Tensor, c: Tensor,
+    alpha: float, of_dz: Tensor, of_y: Tensor, constant: Tensor,
 ) -> Tensor:  # fmt: skip
-    """grad_y [J, A, C, B] = a dz + b y + c, of y's dtype; a, b, c [C]."""
+    """grad_y [J, A, C, B] = of_dz dz + of_y y + constant, numbers by channel [C], in y's dtype."""
     channels = Channels(scale, shift, y.shape[3])
     if not _can(y, channels, weight, bias):
-        return plain_norm.norm_backward(grad, y, scale, shift, weight, bias, band, surrogate, alpha, a, b, c)
-    affine = tuple(values.float().contiguous() for values in (a, b, c))
+        return plain_norm.norm_backward(
+            grad, y, scale, shift, weight, bias, band, surrogate, alpha, of_dz, of_y, constant
+        )
+    affine = tuple(values.float().contiguous() for values in (of_dz, of_y, constant))
     rows = grad.flatten(1), y.flatten(1)
     return triton_launch.backward(
         *rows, weight, bias, band, surrogate, alpha, channels, affine, want=("x",)
     ).x.view_as(y)  # fmt: skip
-
-
-def pack_bits(spikes: Tensor) -> Tensor:
-    """spikes [T, M] -> uint8 [T, ceil(M / 8)]: bit k of byte i is element k ceil(M / 8) + i; 1 where it is not 0."""
-    T, M = spikes.shape
-    # the grid's second axis has room for 65535 rows
-    if spikes.dtype not in (*DTYPES, torch.bool, torch.uint8) or not 0 < T < 1 << 16 or M == 0:
-        return plain_norm.pack_bits(spikes)
-    spikes = triton_launch.unit_stride(spikes)
-    spikes = spikes.view(torch.uint8) if spikes.dtype == torch.bool else spikes
-    plane = triton.cdiv(M, 8)
-    bits = spikes.new_empty(T, plane, dtype=torch.uint8)
-    grid = triton.cdiv(plane, _LANES), T
-    launch(_pack, grid, spikes.device, spikes, bits, M, plane, spikes.stride(0), LANES=_LANES, warps=_WARPS)
-    return bits
-
-
-def unpack_bits(bits: Tensor, M: int, dtype: torch.dtype) -> Tensor:
-    """What `pack_bits` packed: uint8 [T, ceil(M / 8)] -> zeros and ones [T, M] of `dtype`."""
-    T, plane = bits.shape
-    if dtype not in (*DTYPES, torch.bool, torch.uint8) or not 0 < T < 1 << 16 or M == 0:
-        return plain_norm.unpack_bits(bits, M, dtype)
-    bits = triton_launch.unit_stride(bits)
-    spikes = bits.new_empty(T, M, dtype=torch.uint8 if dtype == torch.bool else dtype)
-    grid = triton.cdiv(plane, _LANES), T
-    launch(_unpack, grid, bits.device, bits, spikes, M, plane, bits.stride(0), LANES=_LANES, warps=_WARPS)
-    return spikes.view(torch.bool) if dtype == torch.bool else spikes
