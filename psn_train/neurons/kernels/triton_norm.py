@@ -23,15 +23,19 @@ _MERGED = 1024
 
 @triton.jit
 def _moments(
-    y, counts, means, squares, M, y_row, period, step, blocks, rounds, slices,
+    y, counts, means, squares, M, C, inner, y_row, period, step, blocks, rounds, slices,
     J: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Of each lane of a program [programs, LANES]: how many numbers, their mean, their squared deviations' sum."""
+    """Of each lane of a program [programs, LANES]: how many numbers, their mean, their squared deviations' sum.
+
+    Means are counted from the channel's first number, so that they have digits for the deviations alone.
+    """
     lane = tl.arange(0, LANES)[None, :]
     program = tl.program_id(0)
     part = program // blocks
     position = (program % blocks) * LANES + lane
     column = part.to(tl.int64) * period + position
+    origin = tl.load(y + (position // inner) % C * inner).to(tl.float32)
     count, mean = tl.zeros([1, LANES], tl.float32), tl.zeros([1, LANES], tl.float32)
     square = tl.zeros([1, LANES], tl.float32)
     for _ in range(part, rounds, slices):
@@ -39,7 +43,7 @@ def _moments(
         for first in range(0, J, ROWS):
             row = first + tl.arange(0, ROWS)[:, None]
             there = (row < J) & inside
-            values = read(y, row, y_row, column, there)
+            values = tl.where(there, read(y, row, y_row, column, there) - origin, 0.0)
             here = tl.sum(tl.where(there, 1.0, 0.0), axis=0, keep_dims=True)
             of_tile = tl.sum(values, axis=0, keep_dims=True) / tl.maximum(here, 1.0)
             deviation = tl.where(there, values - of_tile, 0.0)
@@ -58,14 +62,13 @@ def _moments(
 
 @triton.jit
 def _merge(
-    counts, means, squares, mean_out, var_out, C, inner, groups, group_size, width,
+    y, counts, means, squares, mean_out, var_out, C, inner, groups, group_size, width,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The lanes of a channel -> its mean and biased variance [C]. groups x inner lanes, at [slice, fold, C, inner]."""
     channel = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
-    # every channel has a number in its first lane
-    origin = tl.load(means + channel * inner)
+    origin = tl.load(y + channel * inner).to(tl.float32)
     number, total = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for begin in range(0, groups * inner, BLOCK):
         entry = begin + lane
@@ -73,9 +76,9 @@ def _merge(
         place = (group // group_size) * width + ((group % group_size) * C + channel) * inner + entry % inner
         count = tl.load(counts + place, mask=entry < groups * inner, other=0.0)
         number += count
-        total += count * (tl.load(means + place, mask=entry < groups * inner, other=0.0) - origin)
+        total += count * tl.load(means + place, mask=entry < groups * inner, other=0.0)
     n = tl.sum(number, axis=0)
-    mean = origin + tl.sum(total, axis=0) / n
+    mean = tl.sum(total, axis=0) / n
     deviations = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, groups * inner, BLOCK):
         entry = begin + lane
@@ -84,7 +87,7 @@ def _merge(
         count = tl.load(counts + place, mask=entry < groups * inner, other=0.0)
         delta = tl.load(means + place, mask=entry < groups * inner, other=0.0) - mean
         deviations += tl.load(squares + place, mask=entry < groups * inner, other=0.0) + count * delta * delta
-    tl.store(mean_out + channel, mean)
+    tl.store(mean_out + channel, origin + mean)
     tl.store(var_out + channel, tl.sum(deviations, axis=0) / n)
 
 
@@ -100,14 +103,14 @@ def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
         y.new_empty(steps.slices, steps.blocks * _LANES, dtype=torch.float32) for _ in range(3)
     )  # fmt: skip
     launch(
-        _moments, (steps.programs,), y.device, y, counts, means, squares, M, M, steps.period,
+        _moments, (steps.programs,), y.device, y, counts, means, squares, M, C, B, M, steps.period,
         steps.slices * steps.period, steps.blocks, steps.rounds, steps.slices,
         J=J, ROWS=min(_ROWS, triton.next_power_of_2(J)), LANES=_LANES, warps=_WARPS,
     )  # fmt: skip
-    mean, var = y.new_empty(2, C, dtype=torch.float32)
+    mean, var = (y.new_empty(C, dtype=torch.float32) for _ in range(2))
     fold = steps.period // (C * B)
     launch(
-        _merge, (C,), y.device, counts, means, squares, mean, var, C, B, steps.slices * fold, fold,
+        _merge, (C,), y.device, y, counts, means, squares, mean, var, C, B, steps.slices * fold, fold,
         steps.blocks * _LANES, BLOCK=_MERGED, warps=_WARPS,
     )  # fmt: skip
     return mean, var
