@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import logging
+import os
 
 import torch
 
@@ -15,6 +16,8 @@ _MODULES = {
     "compiled": ("inductor", "inductor_norm"),
     "triton": ("triton_psn", "triton_norm"),
 }
+# Triton reads it when it is imported
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _log = logging.getLogger(__name__)
 # "auto", or one of BACKENDS for every neuron
@@ -37,9 +40,18 @@ def use_backend(name: str) -> None:
 
 
 def choose(device: torch.device) -> str:
-    """The backend of a tensor's device: the forced one; else Triton on a GPU that has it, plain PyTorch elsewhere."""
+    """The backend of a tensor's device: the forced one; else Triton on a GPU that has it, plain PyTorch elsewhere.
+
+    Raises:
+        ValueError: triton is forced, and there is nothing that it could run on.
+    """
     if _forced != "auto":
         name = _forced
+        if name == "triton" and device.type == "cpu" and not _INTERPRETED:
+            raise ValueError(
+                "kernels: got 'triton' and a tensor on the CPU, where Triton has only its interpreter, for tests; take "
+                "auto or compiled, or set TRITON_INTERPRET=1 before Python starts"
+            )
     else:
         name = "triton" if device.type == "cuda" and _HAS_TRITON else "reference"
     if not torch.compiler.is_compiling():
