@@ -66,7 +66,7 @@ def forward(
         t = first + tl.arange(0, ROWS)[:, None]
         packed = tl.zeros([ROWS, LANES], tl.int32)
         start = begin
-        for bit in tl.static_range(PLANES):
+        for bit in range(0, PLANES):
             column = start + lane
             inside = (byte < plane) & (column < M)
             if scale is not None:

@@ -51,7 +51,7 @@ def forward(
         t = first + tl.arange(0, 16)[:, None]
         packed = tl.zeros([16, LANES], tl.int32)
         start = begin
-        for bit in tl.static_range(PLANES):
+        for bit in range(0, PLANES):
             column = start + lane
             inside = (byte < plane) & (column < M)
             if scale is not None:
@@ -108,16 +108,17 @@ def backward(
         # what one thread wrote, others read
         tl.debug_barrier()
         if grad_weight is not None:
+            # its transpose: the other way round 16-bit inputs spill
             for begin in range(0, LANES, 16):
-                place = (left + begin + few)[:, None]
-                side = start + (begin + few)[:, None]
-                there = (many < T)[None, :] & (place < period) & (side < M)
-                z = read(x, many[None, :], x_row, side, there)
+                place = (left + begin + few)[None, :]
+                side = start + (begin + few)[None, :]
+                there = (many < T)[:, None] & (place < period) & (side < M)
+                z = read(x, many[:, None], x_row, side, there)
                 if scale is not None:
                     z = normalised(z, there, per_channel(scale, place, C, inner), per_channel(shift, place, C, inner))
-                dh = tl.load(own + (many[:, None] * LANES + (begin + few)[None, :]))
-                total_weight = tl.dot(dh, z, total_weight, input_precision="ieee")
-                total_bias += tl.sum(dh, axis=1)
+                dh = tl.load(own + (many[None, :] * LANES + (begin + few)[:, None]))
+                total_weight = tl.dot(z, dh, total_weight, input_precision="ieee")
+                total_bias += tl.sum(dh, axis=0)
         if (grad_x is not None) or (sum_dz is not None):
             for begin in range(0, T, 16):
                 j = begin + few
@@ -146,7 +147,7 @@ def backward(
         tl.debug_barrier()
         start += step
     if grad_weight is not None:
-        tl.store(grad_weight + ((program * P + many)[:, None] * P + many[None, :]), total_weight)
+        tl.store(grad_weight + ((program * P + many)[None, :] * P + many[:, None]), total_weight)
         tl.store(grad_bias + (program * P + many), total_bias)
     if sum_dz is not None:
         place = program.to(tl.int64) * LANES + lane
