@@ -234,6 +234,30 @@ def test_compiled_trains_as_eager_does(small):
     assert weights(compiled["run_dir"]).keys() == weights(eager["run_dir"]).keys()
 
 
+@pytest.mark.long
+def test_compiled_kernels_train_as_plain_ones_do(small):
+    from psn_train.neurons import kernels
+
+    plain, compiled = small("plain"), small("compiled", precision={"kernels": "compiled"})
+    for document in (plain, compiled):
+        document["schedule"] = {"epochs": None, "steps": 4, "by": "step"}
+        try:
+            assert train_here(document) == 0
+        finally:
+            kernels.use_backend("auto")
+    losses = [[m["loss"] for m in metrics(d["run_dir"]) if m["kind"] == "train"] for d in (plain, compiled)]
+    # other rounding, and spikes that flip by it
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
+def test_kernels_that_cannot_run_here_are_refused(small):
+    with pytest.raises(ValueError, match="precision.kernels: got 'triton' and a CPU"):
+        train_here(small("triton", precision={"kernels": "triton"}))
+    from psn_train.neurons import kernels
+
+    kernels.use_backend("auto")
+
+
 def test_accumulation_equals_one_large_batch_without_batch_norm(small):
     """Batch norm sees the micro-batch, so it is put into its evaluation mode for the comparison."""
     from psn_train.data.index import load_index

@@ -19,7 +19,7 @@ from psn_train.training.checkpoint import find_checkpoint, read_meta
 
 EVALUATION_SPEEDUP = 3.0
 _DECIDE_SPEED = ("model.name", "model.T", "model.in_chans", "model.args", "model.grad_checkpointing", "data.image_size")
-_DECIDE_SPEED += ("precision.dtype", "precision.channels_last", "precision.compile")
+_DECIDE_SPEED += ("precision.dtype", "precision.channels_last", "precision.compile", "precision.kernels")
 
 
 @dataclass(frozen=True)

@@ -219,6 +219,10 @@ class Precision(Section):
     """Memory layout of images and features."""
     compile: bool = False
     """torch.compile the network."""
+    kernels: Literal["auto", "reference", "compiled", "triton"] = "auto"
+    """What computes PSN, masked PSN and sliding PSN: plain PyTorch (reference, and what auto takes); Inductor
+    (compiled), together with the batch norm before it: faster and with less memory, after some seconds of compiling;
+    or Triton on a GPU, which has not yet been run on one."""
     deterministic: bool = False
     """Only algorithms that give the same bits each time (slower on a GPU)."""
     tf32: bool = True
@@ -360,6 +364,8 @@ def decisive(document: dict[str, Any]) -> dict[str, Any]:
     # as before there was such a section: runs of images go on, and their published hashes stay true
     if flat.get("events", "") is None:
         del flat["events"]
+    if flat.get("precision.kernels") == "auto":
+        del flat["precision.kernels"]
     data = document.get("data", {})
     if data.get("val") is not None or data.get("select_on") == "test":
         flat["data.hold_out"] = 0

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 import psn_train
+from psn_train.neurons import kernels
 from psn_train.recipe import Plan, Recipe
 
 # what `psn train` exits with after a SIGTERM or SIGUSR1, when everything is saved: EX_TEMPFAIL, "try again"
@@ -85,6 +86,9 @@ def _accelerator(recipe: Recipe):
 def set_precision(recipe: Recipe, device: torch.device) -> None:
     """Process-wide switches of the recipe's `precision` section."""
     precision = recipe.precision
+    kernels.use_backend(precision.kernels)
+    # which says what it cannot run on
+    kernels.choose(device)
     torch.backends.cudnn.allow_tf32 = precision.tf32
     # the T x T products are matrix products, and stay float32
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -33,14 +33,14 @@ def use_backend(name: str) -> None:
     global _forced
     if name != "auto":
         if name not in BACKENDS:
-            raise ValueError(f"kernels: got {name!r}, wanted auto, {', '.join(BACKENDS)}")
+            raise ValueError(f"precision.kernels: got {name!r}, wanted auto, {', '.join(BACKENDS)}")
         if name == "triton" and not _HAS_TRITON:
-            raise ValueError("kernels: got 'triton', and the package triton is not here; take auto or compiled")
+            raise ValueError("precision.kernels: got 'triton', and there is no package triton; take auto or compiled")
     _forced = name
 
 
 def choose(device: torch.device) -> str:
-    """The backend of a tensor's device: the forced one; else Triton on a GPU that has it, plain PyTorch elsewhere.
+    """The backend for tensors of a device: the forced one, else plain PyTorch.
 
     Raises:
         ValueError: triton is forced, and there is nothing that it could run on.
@@ -49,11 +49,12 @@ def choose(device: torch.device) -> str:
         name = _forced
         if name == "triton" and device.type == "cpu" and not _INTERPRETED:
             raise ValueError(
-                "kernels: got 'triton' and a tensor on the CPU, where Triton has only its interpreter, for tests; take "
+                "precision.kernels: got 'triton' and a CPU, where Triton has only its interpreter, for tests; take "
                 "auto or compiled, or set TRITON_INTERPRET=1 before Python starts"
             )
     else:
-        name = "triton" if device.type == "cuda" and _HAS_TRITON else "reference"
+        # the others are asked for: one compiles for seconds, the other has been run by Triton's interpreter alone
+        name = "reference"
     if not torch.compiler.is_compiling():
         _tell(name, device.type)
     return name
