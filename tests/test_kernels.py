@@ -176,7 +176,7 @@ def test_backends_are_forced_by_name_and_named_when_wrong():
     kernels.use_backend("compiled")
     assert kernels.choose(torch.device("cpu")) == "compiled"
     kernels.use_backend("triton")
-    with pytest.raises(ValueError, match="got 'triton' and a CPU, .* take auto or compiled"):
+    with pytest.raises(ValueError, match=r"got 'triton' and a CPU, .* take auto or compiled"):
         kernels.choose(torch.device("cpu"))
     kernels.use_backend("auto")
     assert kernels.choose(torch.device("cpu")) == "reference"

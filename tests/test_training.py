@@ -251,7 +251,7 @@ def test_compiled_kernels_train_as_plain_ones_do(small):
 
 
 def test_kernels_that_cannot_run_here_are_refused(small):
-    with pytest.raises(ValueError, match="precision.kernels: got 'triton' and a CPU"):
+    with pytest.raises(ValueError, match=r"precision\.kernels: got 'triton' and a CPU"):
         train_here(small("triton", precision={"kernels": "triton"}))
     from psn_train.neurons import kernels
 
