@@ -120,9 +120,10 @@ def test_masked_psn(k):
     check(T, T, 41, matrix(T, T, k), column(T), k, DTYPES[k % 3])
 
 
-def test_long_bands():
+def test_bands_longer_than_the_others_and_than_the_sequence():
     check(128, 128, 9, coarse(17, step=1 / 64, most=1), column(), 0, torch.float32)
     check(64, 64, 9, matrix(64, 64, 8), column(64), 8, torch.bfloat16)
+    check(10, 10, 9, coarse(14, step=1 / 64, most=1), column(), 0, torch.float32)
     check(6, 6, 33, matrix(6, 6, 2), column(6), 2, torch.float32)
 
 
