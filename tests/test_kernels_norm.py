@@ -141,11 +141,48 @@ def test_hooks_see_what_is_between(layer, monkeypatch):
     seen, norm = [], nn.BatchNorm2d(3)
     norm.register_forward_hook(lambda module, given, out: seen.append(out))
     y = torch.randn(8, 3, 5, 5).unflatten(0, (4, 2))
-    assert layer.parallel_behind(norm, y, None) is None
-    assert layer.parallel_behind(nn.Identity(), y, None) is None
+    assert layer.joins(nn.BatchNorm2d(3), y)
+    assert not layer.joins(norm, y) and not layer.joins(nn.Identity(), y)
     monkeypatch.undo()
+    assert not layer.joins(nn.BatchNorm2d(3), y)
     spikes = layer(y, norm=norm)
     assert len(seen) == 1 and torch.equal(spikes, layer(seen[0].unflatten(0, (4, 2))))
+
+
+def test_statistics_of_a_single_value_are_refused_and_spoil_nothing():
+    norm, y = nn.BatchNorm2d(3), torch.randn(1, 1, 3, 1, 1)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        norm(y[0])
+    before = copy.deepcopy(norm.state_dict())
+    norm.num_batches_tracked.zero_()
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        norm_psn_sequence(y, norm, torch.randn(1, 1), -torch.ones(1))
+    assert torch.equal(norm.running_var, before["running_var"]) and norm.num_batches_tracked == 0
+
+
+def test_a_potential_is_looked_at_for_nan_once(monkeypatch):
+    """Where batch norm and neuron are not one, only what the neuron sees is looked at."""
+    layer, looked = PSN(4), []
+    monkeypatch.setattr(layer, "_check", lambda x, name: looked.append(name))
+    layer(torch.randn(4, 2, 3, 5, 5), norm=nn.BatchNorm2d(3))
+    assert len(looked) == 1
+
+
+@pytest.mark.long
+def test_a_compiled_network_takes_the_compiled_kernels_without_a_break(monkeypatch):
+    model = timm.create_model("sew_resnet10_psn", num_classes=7, T=2, stem="3x3", width=8)
+    x = torch.randn(2, 3, 12, 12)
+    wanted = model(x)
+    torch.compiler.reset()
+    kernels.use_backend("compiled")
+    try:
+        found = torch.compile(model, fullgraph=True)(x)
+        found.sum().backward()
+    finally:
+        kernels.use_backend("auto")
+    # running statistics have moved, the batch's are the same
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import torch
 from psn_train.neurons import kernels
 from psn_train.neurons.functional import sliding_weight
 from psn_train.neurons.kernels import bits, plain, plain_norm, triton_bits, triton_launch, triton_norm, triton_psn
-from psn_train.neurons.kernels.norm import norm_psn, norm_psn_backward, norm_psn_sums, norm_statistics
+from psn_train.neurons.kernels.norm_operators import norm_psn, norm_psn_backward, norm_psn_sums, norm_statistics
 from psn_train.neurons.kernels.operators import psn, psn_backward
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

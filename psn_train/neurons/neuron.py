@@ -52,9 +52,13 @@ class Neuron(nn.Module):
         """x [N, ...] -> spikes [N, ...] of the next time-step; the state is kept until `reset()`."""
         raise NotImplementedError
 
-    def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor | None:
-        """Batch norm and neuron in one: the arguments and result of `forward`; None where there is no such way."""
-        return None
+    def joins(self, norm: nn.Module, y_seq: Tensor) -> bool:
+        """Whether this layer and the batch norm before it are computed in one, by `parallel_behind`."""
+        return False
+
+    def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor:
+        """Batch norm and neuron in one: the arguments and result of `forward`."""
+        raise NotImplementedError
 
     def forward(self, x_seq: Tensor, static_steps: int | None = None, norm: nn.Module | None = None) -> Tensor:
         """x_seq [T, ...] -> spike_seq [T, ...]; in step_mode "s" x [N, ...] -> spikes [N, ...].
@@ -65,12 +69,10 @@ class Neuron(nn.Module):
                 step_mode "s". It is computed together with the neuron where there is a way.
         """
         if norm is not None:
-            if not self._streaming and self.step_mode == "m":
+            if not self._streaming and self.step_mode == "m" and self.joins(norm, x_seq):
                 self._check(x_seq, "x_seq")
                 self._check_T(x_seq.shape[0] if static_steps is None else static_steps)
-                spikes = self.parallel_behind(norm, x_seq, static_steps)
-                if spikes is not None:
-                    return spikes
+                return self.parallel_behind(norm, x_seq, static_steps)
             if static_steps is not None:
                 x_seq = norm(x_seq)
             else:

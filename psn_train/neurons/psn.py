@@ -30,7 +30,33 @@ def _check_init(where: str, init: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{where}: got init={init!r}, wanted one of {', '.join(choices)}")
 
 
-class _FullWeight(Neuron):
+class _Parallel(Neuron):
+    """What the three share: how whole sequences are computed, alone and behind a batch norm."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def weight_and_band(self, x: Tensor) -> tuple[Tensor, int]:
+        """The weight of `kernels.psn` for an input of x's dtype, and its band."""
+        return self.weight, 0
+
+    def parallel(self, x_seq: Tensor) -> Tensor:
+        weight, band = self.weight_and_band(x_seq)
+        return psn_sequence(x_seq, weight, self.bias, band, self.surrogate, self.alpha)
+
+    def static(self, x: Tensor, T: int) -> Tensor:
+        weight, _ = self.weight_and_band(x)
+        return psn_static_sequence(x, T, weight, self.bias, self.surrogate, self.alpha)
+
+    def joins(self, norm: nn.Module, y_seq: Tensor) -> bool:
+        return joins(norm, y_seq)
+
+    def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor:
+        weight, band = self.weight_and_band(y_seq)
+        return norm_psn_sequence(y_seq, norm, weight, self.bias, band, self.surrogate, self.alpha, static_steps)
+
+
+class _FullWeight(_Parallel):
     """What PSN and masked PSN share: weight [T, T], bias [T], and how they start."""
 
     def _make_parameters(self, T: int, init: str, init_tau: float) -> None:
@@ -62,17 +88,6 @@ class PSN(_FullWeight):
     ):
         super().__init__(surrogate, alpha)
         self._make_parameters(T, init, init_tau)
-
-    def parallel(self, x_seq: Tensor) -> Tensor:
-        return psn_sequence(x_seq, self.weight, self.bias, 0, self.surrogate, self.alpha)
-
-    def static(self, x: Tensor, T: int) -> Tensor:
-        return psn_static_sequence(x, T, self.weight, self.bias, self.surrogate, self.alpha)
-
-    def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor | None:
-        if not joins(norm, y_seq):
-            return None
-        return norm_psn_sequence(y_seq, norm, self.weight, self.bias, 0, self.surrogate, self.alpha, static_steps)
 
     def _check_step_mode(self, mode: str) -> None:
         super()._check_step_mode(mode)
@@ -131,24 +146,10 @@ class MaskedPSN(_FullWeight):
         self._host_lambda = value
         self._was_open = self._was_open or value < 1.0
 
-    def parallel(self, x_seq: Tensor) -> Tensor:
+    def weight_and_band(self, x: Tensor) -> tuple[Tensor, int]:
         self._warn_unmasked()
-        return psn_sequence(x_seq, self._masked_weight(x_seq), self.bias, self._band(), self.surrogate, self.alpha)
-
-    def static(self, x: Tensor, T: int) -> Tensor:
-        self._warn_unmasked()
-        return psn_static_sequence(x, T, self._masked_weight(x), self.bias, self.surrogate, self.alpha)
-
-    def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor | None:
-        if not joins(norm, y_seq):
-            return None
-        self._warn_unmasked()
-        weight, band = self._masked_weight(y_seq), self._band()
-        return norm_psn_sequence(y_seq, norm, weight, self.bias, band, self.surrogate, self.alpha, static_steps)
-
-    def _masked_weight(self, x: Tensor) -> Tensor:
         weight = self.weight.to(functional.compute_dtype(x, self.weight))
-        return functional.masked_weight(weight, self.k, self.lambda_)
+        return functional.masked_weight(weight, self.k, self.lambda_), self._band()
 
     def _band(self) -> int:
         """k where the weight is zero outside the band, else 0. Compiled code does not ask, lest it be compiled anew."""
@@ -209,7 +210,7 @@ class MaskedPSN(_FullWeight):
         return f"k={self.k}, T={self.T}, lambda={self._host_lambda:g}, {super().extra_repr()}"
 
 
-class SlidingPSN(Neuron):
+class SlidingPSN(_Parallel):
     """Sliding PSN of order k: H[t] = sum_{i<k} w_i X[t - k + 1 + i] + b, S = Theta(H), zeros before the first input.
 
     Parameters: weight [k] (w_{k-1} multiplies the newest input), bias []. Any T, also T < k (the oldest taps then meet
@@ -241,17 +242,6 @@ class SlidingPSN(Neuron):
                 # kaiming_uniform counts the fan of a matrix: [1, k]
                 nn.init.kaiming_uniform_(self.weight.unsqueeze(0), a=math.sqrt(5))
         nn.init.constant_(self.bias, -1.0)
-
-    def parallel(self, x_seq: Tensor) -> Tensor:
-        return psn_sequence(x_seq, self.weight, self.bias, 0, self.surrogate, self.alpha)
-
-    def static(self, x: Tensor, T: int) -> Tensor:
-        return psn_static_sequence(x, T, self.weight, self.bias, self.surrogate, self.alpha)
-
-    def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor | None:
-        if not joins(norm, y_seq):
-            return None
-        return norm_psn_sequence(y_seq, norm, self.weight, self.bias, 0, self.surrogate, self.alpha, static_steps)
 
     def step(self, x: Tensor) -> Tensor:
         queue = functional.new_queue(x, self.k) if self._queue is None else self._queue

@@ -9,18 +9,13 @@ from psn_train.plan.hours import Hours
 from psn_train.plan.memory import GpuMemory
 from psn_train.plan.reading import Reading
 from psn_train.recipe import Recipe
-from psn_train.training.zero_config import EngineError
+from psn_train.training.zero_config import EngineError, beyond_the_stage
 from psn_train.training.zero_parts import check_elementwise
 
 
 def engine_problems(recipe: Recipe, cluster: Cluster) -> list[str]:
     """What the engine or the GPU cannot do for the recipe."""
-    problems = []
-    if cluster.engine == "zero3":
-        if recipe.ema.decay is not None:
-            problems.append("ema.decay: under ZeRO-3 no rank has all weights to average; use --engine zero2")
-        if recipe.precision.compile:
-            problems.append("precision.compile: the hooks that gather ZeRO-3's weights break the graph; use zero2")
+    problems = beyond_the_stage(recipe, 3) if cluster.engine == "zero3" else []
     if cluster.engine != "ddp" and cluster.devices == 1:
         problems.append(f"--engine {cluster.engine}: one device has nobody to share with; use --engine ddp")
     if recipe.model.sync_bn and cluster.devices == 1:

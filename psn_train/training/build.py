@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from psn_train.data.ahead import check_cache, lag_of, processes_here
+from psn_train.data.ahead import check_cache, evaluation_room, lag_of, processes_here
 from psn_train.data.cache import open_cache
 from psn_train.data.event_index import split_text
 from psn_train.data.order import held_out_ids
@@ -52,9 +52,6 @@ def open_splits(recipe: Recipe) -> Splits:
     """
     data = recipe.data
     indices = load_splits(recipe)
-    # what an evaluation reads: a shard, and the next one
-    largest = [shard.num_bytes for split, index in indices.items() if split != "train" for shard in index.shards]
-    spared = 2 * processes_here() * max(largest, default=0)
     folder = recipe.run_path / "shards"
     if launched_processes() > processes_here():
         # run folders lie where all nodes see them, and every node has a cache of its own
@@ -63,9 +60,8 @@ def open_splits(recipe: Recipe) -> Splits:
     if data.selected_on == "held out":
         samples = indices["train"].num_samples
         ids = held_out_ids(samples, held_out_samples(data, samples), data.hold_out_seed)
-        # these stay in the cache, and an evaluation before that reads training shards
-        spared = 2 * processes_here() * max([*largest, *(shard.num_bytes for shard in indices["train"].shards)])
-        spared += int(indices["train"].num_bytes * len(ids) / samples * 1.5)
+    others = [index for split, index in indices.items() if split != "train"]
+    spared = evaluation_room(indices["train"], others, 0 if ids is None else len(ids), processes_here())
     cache = open_cache(data, folder, spared=spared)
     readers = {split: SampleReader(index, cache, ids if split == "train" else None) for split, index in indices.items()}
     train = readers["train"]

@@ -154,7 +154,7 @@ def evaluate(
     top1, top5, loss, count = sums.tolist()
     if count != wanted:
         raise ShardError(
-            f"the evaluation saw {count:.0f} samples of {stream.reader.index.location}, wanted {wanted}; "
+            f"the evaluation saw {count:.0f} samples of {stream.reader.index.place}, wanted {wanted}; "
             "no figure is reported"
         )
     names = [name for name, _ in spiking_neurons(model)]

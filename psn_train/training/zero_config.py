@@ -73,7 +73,7 @@ def zero_config(recipe: Recipe) -> dict:
                 f"zero_optimization.{key}: not supported; the optimiser's state of these networks is 50 to 500 MB, "
                 "and their activations are what takes memory (model.grad_checkpointing)"
             )
-    problems += _beyond_the_stage(recipe, stage)
+    problems += beyond_the_stage(recipe, stage)
     if importlib.util.find_spec("deepspeed") is None:
         problems.append("deepspeed is not installed: pip install 'psn-train[deepspeed]'")
     if problems:
@@ -81,12 +81,18 @@ def zero_config(recipe: Recipe) -> dict:
     return config
 
 
-def _beyond_the_stage(recipe: Recipe, stage: int) -> list[str]:
+def beyond_the_stage(recipe: Recipe, stage: int) -> list[str]:
+    """What a stage cannot do for the recipe."""
     problems = []
     if stage == 3 and recipe.ema.decay is not None:
         problems.append("ema.decay: under ZeRO-3 no rank has all weights to average; use ZeRO-2, or leave it out")
     if stage == 3 and recipe.precision.compile:
         problems.append("precision.compile: the hooks that gather ZeRO-3's weights break the graph; use ZeRO-2")
+    if stage == 3 and recipe.precision.kernels in ("compiled", "triton"):
+        problems.append(
+            f"precision.kernels: {recipe.precision.kernels} computes batch norm outside of its module, whose hook "
+            "gathers ZeRO-3's weights; use ZeRO-2, or reference"
+        )
     return problems
 
 

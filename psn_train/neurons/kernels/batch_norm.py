@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from psn_train.neurons.functional import parallel as law
 from psn_train.neurons.kernels import backends
-from psn_train.neurons.kernels.norm import norm_psn, norm_psn_backward, norm_psn_sums, norm_statistics
-from psn_train.neurons.kernels.sequence import wants_the_law
+from psn_train.neurons.kernels.norm_operators import norm_psn, norm_psn_backward, norm_psn_sums, norm_statistics
+from psn_train.neurons.kernels.sequence import static_weight, wants_the_law
 from psn_train.neurons.layout import compute_dtype
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -47,18 +46,22 @@ def norm_psn_sequence(
     Args:
         weight, bias, band: see `operators.psn`.
         static_steps: T, where y_seq [N, C, ...] is the same at each step.
+
+    Raises:
+        ValueError: statistics are to be taken over a single value a channel.
     """
     if static_steps is not None:
-        y_seq, add_steps = y_seq.unsqueeze(0), static_steps
-        full = law.sliding_weight(weight, static_steps) if weight.ndim == 1 else weight
-        weight = full.to(compute_dtype(y_seq, weight)).sum(1, keepdim=True)
-        bias, band = bias.expand(add_steps), 0
+        weight, bias, band = static_weight(y_seq, static_steps, weight), bias.expand(static_steps), 0
+        y_seq = y_seq.unsqueeze(0)
     y, channels_last = _as_blocks(y_seq)
     backend = backends.choose(y.device)
     dtype = compute_dtype(y, weight)
     group, count = None, y.numel() // y.shape[2]
     batch_statistics = norm.training or not norm.track_running_stats
     if batch_statistics:
+        if count == 1 and norm.training:
+            # in torch's words
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {y_seq.shape}")
         with torch.no_grad():
             mean, var = norm_statistics(y.detach(), backend)
             if isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_initialized():
@@ -95,9 +98,7 @@ class _NormPSN(torch.autograd.Function):
     def backward(ctx, grad):
         y, scale, shift, weight, bias, mean, inv_std = ctx.saved_tensors
         grad_add = grad if ctx.adds else None
-        grad = grad.contiguous()
-        # the addend's gradient is not a copy
-        arguments = (grad, y, scale, shift, weight, bias, *ctx.settings)
+        arguments = (grad.contiguous(), y, scale, shift, weight, bias, *ctx.settings)
         grad_weight, grad_bias, sum_dz, sum_dz_y = norm_psn_sums(*arguments)
         # of the normalised y
         sum_dz_n = (sum_dz_y - mean * sum_dz) * inv_std

@@ -1,4 +1,4 @@
-"""Batch norm and PSN in one, in plain PyTorch: the backend "reference" of the operators in norm.py.
+"""Batch norm and PSN in one, in plain PyTorch: the backend "reference" of the operators in norm_operators.py.
 
     z = y * scale + shift        h = W z + b        spikes = Theta(h)
 

@@ -34,9 +34,13 @@ def psn_static_sequence(
     x: Tensor, T: int, weight: Tensor, bias: Tensor, surrogate: str = "atan", alpha: float = 2.0
 ) -> Tensor:
     """One x [...], the same at each of T steps -> spike_seq [T, ...]; x is not copied T times."""
+    return psn_sequence(x.unsqueeze(0), static_weight(x, T, weight), bias.expand(T), 0, surrogate, alpha)
+
+
+def static_weight(x: Tensor, T: int, weight: Tensor) -> Tensor:
+    """[T, 1]: what a weight, or taps [k], makes of an x that is the same at each of T steps."""
     full = law.sliding_weight(weight, T) if weight.ndim == 1 else weight
-    full = full.to(compute_dtype(x, weight)).sum(1, keepdim=True)  # [T, 1]
-    return psn_sequence(x.unsqueeze(0), full, bias.expand(T), 0, surrogate, alpha)
+    return full.to(compute_dtype(x, weight)).sum(1, keepdim=True)
 
 
 def _rows(x: Tensor, weight: Tensor, bias: Tensor, band: int, surrogate: str, alpha: float) -> Tensor:

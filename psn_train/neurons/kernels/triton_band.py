@@ -10,7 +10,15 @@ Legend: T steps out, J steps in (1: the same input at every step), M neurons, C 
 import triton
 import triton.language as tl
 
-from psn_train.neurons.kernels.triton_parts import normalised, per_channel, read, slope, weights
+from psn_train.neurons.kernels.triton_parts import (
+    normalised,
+    per_channel,
+    read,
+    slope,
+    store_lane_sums,
+    store_spikes,
+    weights,
+)
 
 
 @triton.jit
@@ -76,10 +84,7 @@ def forward(
                 gain, offset = None, None
             h = _potential(x, weight, bias, t, x_row, column, inside, gain, offset, T, J, TAPS, BIAS, K)
             place, there = t.to(tl.int64) * M + column, (t < T) & inside
-            spikes = tl.where(h >= 0.0, 1.0, 0.0)
-            if add is not None:
-                spikes += tl.load(add + place, mask=there, other=0.0).to(tl.float32)
-            tl.store(out + place, spikes.to(out.dtype.element_ty), mask=there)
+            store_spikes(h >= 0.0, add, out, place, there)
             if bits is not None:
                 packed |= tl.where((h >= 0.0) & there, 1 << bit, 0)
             start += plane
@@ -167,7 +172,4 @@ def backward(
         tl.store(grad_bias + place, total_bias)
         place = ((program * CHUNKS + chunk)[:, None, None] * KP + distance[None, :, :]) * ROWS + row[None, None, :]
         tl.store(grad_weight + place, total_weight)
-    if sum_dz is not None:
-        place = program.to(tl.int64) * LANES + lane
-        tl.store(sum_dz + place, total_dz)
-        tl.store(sum_dz_x + place, total_dz_x)
+    store_lane_sums(sum_dz, sum_dz_x, program, lane, total_dz, total_dz_x, LANES)

@@ -11,7 +11,15 @@ Legend: T steps in and out, P padded to a power of two, M neurons, C channels, k
 import triton
 import triton.language as tl
 
-from psn_train.neurons.kernels.triton_parts import normalised, per_channel, read, slope, weights
+from psn_train.neurons.kernels.triton_parts import (
+    normalised,
+    per_channel,
+    read,
+    slope,
+    store_lane_sums,
+    store_spikes,
+    weights,
+)
 
 
 @triton.jit
@@ -61,10 +69,7 @@ def forward(
                 gain, offset = None, None
             h = _potential(x, weight, bias, first, x_row, column, inside, gain, offset, T, TAPS, BIAS, CAUSAL, LANES)
             place, there = t.to(tl.int64) * M + column, (t < T) & inside
-            spikes = tl.where(h >= 0.0, 1.0, 0.0)
-            if add is not None:
-                spikes += tl.load(add + place, mask=there, other=0.0).to(tl.float32)
-            tl.store(out + place, spikes.to(out.dtype.element_ty), mask=there)
+            store_spikes(h >= 0.0, add, out, place, there)
             if bits is not None:
                 packed |= tl.where((h >= 0.0) & there, 1 << bit, 0)
             start += plane
@@ -149,7 +154,4 @@ def backward(
     if grad_weight is not None:
         tl.store(grad_weight + ((program * P + many)[None, :] * P + many[:, None]), total_weight)
         tl.store(grad_bias + (program * P + many), total_bias)
-    if sum_dz is not None:
-        place = program.to(tl.int64) * LANES + lane
-        tl.store(sum_dz + place, total_dz)
-        tl.store(sum_dz_x + place, total_dz_x)
+    store_lane_sums(sum_dz, sum_dz_x, program, lane, total_dz, total_dz_x, LANES)

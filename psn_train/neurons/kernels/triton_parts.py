@@ -55,3 +55,21 @@ def read(x, rows, row_size, column, inside):
 def normalised(y, inside, scale, shift):
     """y scale + shift, zero outside."""
     return tl.where(inside, y * scale + shift, 0.0)
+
+
+@triton.jit
+def store_spikes(fired, add, out, place, there):
+    """out[place] = fired, as 0 and 1, + add[place], where `there`."""
+    spikes = tl.where(fired, 1.0, 0.0)
+    if add is not None:
+        spikes += tl.load(add + place, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + place, spikes.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def store_lane_sums(sum_dz, sum_dz_x, program, lane, total_dz, total_dz_x, LANES: tl.constexpr):
+    """What a program has of each of its lanes [LANES] -> its row of [programs, LANES]; where they are asked for."""
+    if sum_dz is not None:
+        place = program.to(tl.int64) * LANES + lane
+        tl.store(sum_dz + place, total_dz)
+        tl.store(sum_dz_x + place, total_dz_x)

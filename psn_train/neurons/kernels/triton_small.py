@@ -9,7 +9,15 @@ Legend: T steps out, J steps in, P and Q these padded to a power of two, M neuro
 import triton
 import triton.language as tl
 
-from psn_train.neurons.kernels.triton_parts import normalised, per_channel, read, slope, weights
+from psn_train.neurons.kernels.triton_parts import (
+    normalised,
+    per_channel,
+    read,
+    slope,
+    store_lane_sums,
+    store_spikes,
+    weights,
+)
 
 
 @triton.jit
@@ -36,10 +44,7 @@ def forward(
             z = normalised(z, (j < J) & inside, gain, offset)
         fired = tl.sum(w * z, axis=1, keep_dims=True) + b >= 0.0
         place, there = t.to(tl.int64) * M + column, (t < T) & inside
-        spikes = tl.where(fired, 1.0, 0.0)
-        if add is not None:
-            spikes += tl.load(add + place, mask=there, other=0.0).to(tl.float32)
-        tl.store(out + place, spikes.to(out.dtype.element_ty), mask=there)
+        store_spikes(fired, add, out, place, there)
         if bits is not None:
             packed |= tl.where(fired & there, 1 << bit, 0)
         start += plane
@@ -101,7 +106,4 @@ def backward(
     if grad_weight is not None:
         tl.store(grad_weight + (program * P + t) * Q + j, tl.sum(total_weight, axis=2, keep_dims=True))
         tl.store(grad_bias + program * P + t, tl.sum(total_bias, axis=2, keep_dims=True))
-    if sum_dz is not None:
-        own = program.to(tl.int64) * LANES + lane
-        tl.store(sum_dz + own, total_dz)
-        tl.store(sum_dz_x + own, total_dz_x)
+    store_lane_sums(sum_dz, sum_dz_x, program, lane, total_dz, total_dz_x, LANES)
