@@ -26,6 +26,8 @@ from psn_train.recipe import check_recipe, make_plan
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGUSR1, lambda *_: None)
+    # whoever starts the tests in the background has it ignored, and so would this process
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # a thread that is always at work, as gloo's and a checkpoint's writer are
     threading.Thread(target=lambda: [time.sleep(0.001) for _ in range(10**9)], daemon=True).start()
     recipe = check_recipe(json.loads(sys.argv[1]))
