@@ -5,24 +5,14 @@ nn.BatchNorm2d and SyncBatchNorm take their statistics over T * N. A neuron foll
 shortcut included; none follows the join.
 """
 
-import contextlib
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from psn_train.models.lean import can_run_again, run_again
+from psn_train.models.packed_layers import Join, SpikeConv1d, SpikeConv2d
 from psn_train.neurons import Neuron
-
-# ADD: sum of spikes; AND: both fire; IAND: the shortcut fires and the residual branch does not
-CONNECT_FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "ADD": lambda identity, out: identity + out,
-    "AND": lambda identity, out: identity * out,
-    "IAND": lambda identity, out: identity * (1.0 - out),
-}
-
-
-def join(identity: Tensor, out: Tensor, connect_function: str = "ADD") -> Tensor:
-    """The element-wise join of the shortcut and the residual branch, in this order in every block. [...] -> [...]."""
-    return CONNECT_FUNCTIONS[connect_function](identity, out)
+from psn_train.neurons.kernels.packing import SPIKES, Levels, Packed
 
 
 def per_image(x_seq: Tensor, *layers: nn.Module) -> Tensor:
@@ -33,8 +23,40 @@ def per_image(x_seq: Tensor, *layers: nn.Module) -> Tensor:
     return y.unflatten(0, x_seq.shape[:2])
 
 
-def conv(in_chans: int, out_chans: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_chans, out_chans, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+def conv(in_chans: int, out_chans: int, kernel: int, stride: int = 1, groups: int = 1) -> SpikeConv2d:
+    return SpikeConv2d(in_chans, out_chans, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+
+
+def layer(
+    x_seq: Tensor,
+    convolution: SpikeConv1d | SpikeConv2d,
+    norm: nn.Module,
+    neuron: Neuron,
+    add: Tensor | None = None,
+    packed: Packed | None = None,
+) -> Tensor:
+    """Convolution, batch norm and neuron, whose spikes are added to `add`. [T, N, C, ...] -> [T, N, C', ...].
+
+    Args:
+        packed: what `convolution.pack` made of the images [T * N, C, ...].
+    """
+    images = x_seq.flatten(0, 1)  # [T * N, C, ...]
+    packed = convolution.pack(images) if packed is None else packed
+    lean = packed is not None and convolution.memory == "lean"
+    modules = (convolution, norm, neuron)
+    if lean and not neuron.joins(norm, x_seq.device) and can_run_again(*modules):
+        spikes = run_again(lambda images: _in_turn(images, packed, x_seq.shape[:2], *modules), images, packed, modules)
+        return spikes if add is None else add + spikes
+    y_seq = convolution(images, packed).unflatten(0, x_seq.shape[:2])
+    again = convolution.again(packed) if lean else None
+    if add is None or not neuron._forward_hooks:
+        return neuron(y_seq, norm=norm, add=add, again=again)
+    # somebody looks at the spikes
+    return add + neuron(y_seq, norm=norm, again=again)
+
+
+def _in_turn(images, packed, steps, convolution, norm, neuron) -> Tensor:
+    return neuron(convolution(images, packed).unflatten(0, steps), norm=norm)
 
 
 class ConvNeuron(nn.Module):
@@ -47,13 +69,13 @@ class ConvNeuron(nn.Module):
         self, in_chans: int, out_chans: int, neuron: Callable[[int], Neuron], dims: int = 2, bias: bool = False
     ):
         super().__init__()
-        conv_of, norm_of = (nn.Conv1d, nn.BatchNorm1d) if dims == 1 else (nn.Conv2d, nn.BatchNorm2d)
+        conv_of, norm_of = (SpikeConv1d, nn.BatchNorm1d) if dims == 1 else (SpikeConv2d, nn.BatchNorm2d)
         self.conv = conv_of(in_chans, out_chans, 3, padding=1, bias=bias)
         self.bn = norm_of(out_chans)
         self.sn = neuron(out_chans)
 
     def forward(self, x_seq: Tensor) -> Tensor:
-        return self.sn(per_image(x_seq, self.conv), norm=self.bn)
+        return layer(x_seq, self.conv, self.bn, self.sn)
 
     def forward_static(self, x: Tensor, T: int) -> Tensor:
         """One image [N, C, ...] seen at each of T steps -> [T, N, C', ...]; convolution and batch norm run once."""
@@ -68,25 +90,39 @@ class Block(nn.Module):
     def make_shortcut(
         self, in_chans: int, out_chans: int, stride: int, neuron: Callable[[int], Neuron], connect: str
     ) -> None:
-        self.connect_function = connect
+        self.join = Join(connect)
         self.downsample = self.downsample_sn = None
         if stride != 1 or in_chans != out_chans:
             self.downsample = nn.Sequential(conv(in_chans, out_chans, 1, stride), nn.BatchNorm2d(out_chans))
             self.downsample_sn = neuron(out_chans)
 
-    def residual(self, x_seq: Tensor) -> Tensor:
+    def expect(self, levels: Levels) -> Levels:
+        """Say what the block's input is made of; returns what its output is."""
+        self.conv1.levels = levels
+        for convolution in (self.conv2, getattr(self, "conv3", None)):
+            if convolution is not None:
+                convolution.levels = SPIKES
+        if self.downsample is not None:
+            self.downsample[0].levels = levels
+            levels = SPIKES
+        self.join.levels = SPIKES
+        most = levels.most + (levels.parts if self.join.connect_function == "ADD" else 0)
+        return Levels(most, levels.parts)
+
+    def residual(self, x_seq: Tensor, packed: Packed | None, add: Tensor | None = None) -> Tensor:
+        """The spikes of the branch, plus `add`; `packed`: see `layer`."""
         raise NotImplementedError
 
     def forward(self, x_seq: Tensor) -> Tensor:
         """[T, N, C, H, W] -> [T, N, C', H', W']."""
-        identity = x_seq
+        identity, packed = x_seq, self.conv1.pack(x_seq.flatten(0, 1))
+        shortcut = packed
         if self.downsample is not None:
-            convolution, norm = self.downsample
-            identity = self.downsample_sn(per_image(x_seq, convolution), norm=norm)
-        return join(identity, self.residual(x_seq), self.connect_function)
-
-    def extra_repr(self) -> str:
-        return f"connect_function={self.connect_function}"
+            identity, shortcut = layer(x_seq, *self.downsample, self.downsample_sn, packed=packed), None
+        if self.join.connect_function == "ADD":
+            return self.residual(x_seq, packed, add=identity)
+        out = self.residual(x_seq, packed)
+        return self.join(identity.flatten(0, 1), out.flatten(0, 1), shortcut).unflatten(0, x_seq.shape[:2])
 
 
 class BasicBlock(Block):
@@ -109,9 +145,9 @@ class BasicBlock(Block):
         self.conv2, self.bn2, self.sn2 = conv(width, width, 3), nn.BatchNorm2d(width), neuron(width)
         self.make_shortcut(in_chans, width, stride, neuron, connect)
 
-    def residual(self, x_seq: Tensor) -> Tensor:
-        x_seq = self.sn1(per_image(x_seq, self.conv1), norm=self.bn1)
-        return self.sn2(per_image(x_seq, self.conv2), norm=self.bn2)
+    def residual(self, x_seq: Tensor, packed: Packed | None, add: Tensor | None = None) -> Tensor:
+        x_seq = layer(x_seq, self.conv1, self.bn1, self.sn1, packed=packed)
+        return layer(x_seq, self.conv2, self.bn2, self.sn2, add)
 
 
 class Bottleneck(Block):
@@ -140,22 +176,7 @@ class Bottleneck(Block):
         self.conv3, self.bn3, self.sn3 = conv(inner, out_chans, 1), nn.BatchNorm2d(out_chans), neuron(out_chans)
         self.make_shortcut(in_chans, out_chans, stride, neuron, connect)
 
-    def residual(self, x_seq: Tensor) -> Tensor:
-        x_seq = self.sn1(per_image(x_seq, self.conv1), norm=self.bn1)
-        x_seq = self.sn2(per_image(x_seq, self.conv2), norm=self.bn2)
-        return self.sn3(per_image(x_seq, self.conv3), norm=self.bn3)
-
-
-@contextlib.contextmanager
-def no_running_stats(stage: nn.Module):
-    """Batch norms leave their running statistics and counters alone: a recomputation is no new batch."""
-    norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    norms = [(m, m.momentum, m.num_batches_tracked) for m in norms if m.track_running_stats]
-    for norm, _, count in norms:
-        # the same operations on the same buffers, as checkpointing demands, without an effect
-        norm.momentum, norm.num_batches_tracked = 0.0, count.clone()
-    try:
-        yield
-    finally:
-        for norm, momentum, count in norms:
-            norm.momentum, norm.num_batches_tracked = momentum, count
+    def residual(self, x_seq: Tensor, packed: Packed | None, add: Tensor | None = None) -> Tensor:
+        x_seq = layer(x_seq, self.conv1, self.bn1, self.sn1, packed=packed)
+        x_seq = layer(x_seq, self.conv2, self.bn2, self.sn2)
+        return layer(x_seq, self.conv3, self.bn3, self.sn3, add)

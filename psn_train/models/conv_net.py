@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from psn_train.models.blocks import ConvNeuron, per_image
 from psn_train.models.network import SpikingNetwork
+from psn_train.models.packed_layers import SpikeAvgPool1d, SpikeAvgPool2d
 from psn_train.models.registration import register_family
+from psn_train.neurons.kernels.packing import SPIKES, Levels
 
 __all__ = ["VGGSNN", "CIFARNet", "SequentialNet"]
 
@@ -23,7 +25,9 @@ class Stage(nn.Sequential):
 
     def __init__(self, layers: list[ConvNeuron], dims: int):
         super().__init__(*layers)
-        self.pool = nn.AvgPool1d(2) if dims == 1 else nn.AvgPool2d(2)
+        self.pool = SpikeAvgPool1d(2) if dims == 1 else SpikeAvgPool2d(2)
+        for convolution in (layer.conv for layer in layers[1:]):
+            convolution.levels = SPIKES
 
     def forward(self, x_seq: Tensor) -> Tensor:
         """[T, N, C, ...] -> [T, N, C', ...], half as large in space."""
@@ -99,6 +103,9 @@ class ConvNet(SpikingNetwork):
             for multiple in multiples:
                 layers.append(ConvNeuron(chans, multiple * width, self.make_neuron, dims, self.sizes.conv_bias))
                 chans = multiple * width
+            if name != self.stage_names[0]:
+                # averages over a window of spikes
+                layers[0].conv.levels = Levels(2**dims, 2**dims)
             self.add_module(name, Stage(layers, dims))
         self.num_features = chans
         flat = chans * left**dims

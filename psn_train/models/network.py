@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from psn_train.models.blocks import no_running_stats
+from psn_train.models.lean import no_running_stats
 from psn_train.neurons import NEURONS, Neuron, build_neuron, reset, streaming
 
 

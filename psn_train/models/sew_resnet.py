@@ -17,13 +17,15 @@ from timm.layers import trunc_normal_
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from psn_train.models.blocks import CONNECT_FUNCTIONS, BasicBlock, Block, Bottleneck, conv, per_image
+from psn_train.models.blocks import BasicBlock, Block, Bottleneck, conv, layer, per_image
 from psn_train.models.network import SpikingNetwork, choose
+from psn_train.models.packed_layers import CONNECT_FUNCTIONS, SpikeAvgPool2d, SpikeMaxPool2d
 from psn_train.models.registration import register_family
+from psn_train.neurons.kernels.packing import SPIKES, Levels
 
 __all__ = ["ARCHITECTURES", "DEPTHS", "SEWResNet"]
 
-STEM_POOLS = {"avg": nn.AvgPool2d, "max": nn.MaxPool2d}
+STEM_POOLS = {"avg": SpikeAvgPool2d, "max": SpikeMaxPool2d}
 STEMS = ("7x7", "3x3")
 GLOBAL_POOLS = ("avg", "max", "")
 
@@ -119,9 +121,21 @@ class SEWResNet(SpikingNetwork):
             reduction *= 2 if stage > 0 else 1
             self.feature_info.append({"num_chs": chans, "reduction": reduction, "module": f"layer{stage + 1}"})
             self.add_module(f"layer{stage + 1}", nn.Sequential(*layers))
+        self._expect_levels(large, stem_pool)
         self.num_features = self.head_hidden_size = chans
         self.reset_classifier(num_classes, global_pool)
         self.init_weights()
+
+    def _expect_levels(self, pooled: bool, stem_pool: str) -> None:
+        """Tell every layer what its input is made of, so that it is kept small for the backward pass."""
+        levels = SPIKES
+        if pooled:
+            self.stem_pool.levels = SPIKES
+            # of a window of nine spikes
+            levels = Levels(9, 9) if stem_pool == "avg" else SPIKES
+        for stage in self._stages():
+            for block in stage:
+                levels = block.expect(levels)
 
     def init_weights(self) -> None:
         """Convolutions kaiming_normal (fan out, ReLU gain), pe normal with std 0.02; the rest initialises itself."""
@@ -185,7 +199,7 @@ class SEWResNet(SpikingNetwork):
             return self.sn1.forward_static(self.conv1(x), self.T, norm=self.bn1)
         else:
             x_seq = x
-        return self.sn1(per_image(x_seq, self.conv1), norm=self.bn1)
+        return layer(x_seq, self.conv1, self.bn1, self.sn1)
 
     def _stages(self) -> list[nn.Module]:
         return [self.layer1, self.layer2, self.layer3, self.layer4]

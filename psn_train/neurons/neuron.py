@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from psn_train.neurons import functional
+from psn_train.neurons.kernels.batch_norm import Again
 
 STEP_MODES = ("m", "s")
 NAN_CHECKS = ("cpu", "always", "never")
@@ -52,31 +53,52 @@ class Neuron(nn.Module):
         """x [N, ...] -> spikes [N, ...] of the next time-step; the state is kept until `reset()`."""
         raise NotImplementedError
 
-    def joins(self, norm: nn.Module, y_seq: Tensor) -> bool:
-        """Whether this layer and the batch norm before it are computed in one, by `parallel_behind`."""
+    def joins(self, norm: nn.Module, device: torch.device) -> bool:
+        """Whether this layer and the batch norm before it are computed in one there, by `parallel_behind`."""
         return False
 
-    def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor:
+    def parallel_behind(
+        self,
+        norm: nn.Module,
+        y_seq: Tensor,
+        static_steps: int | None = None,
+        add: Tensor | None = None,
+        again: Again | None = None,
+    ) -> Tensor:
         """Batch norm and neuron in one: the arguments and result of `forward`."""
         raise NotImplementedError
 
-    def forward(self, x_seq: Tensor, static_steps: int | None = None, norm: nn.Module | None = None) -> Tensor:
+    def forward(
+        self,
+        x_seq: Tensor,
+        static_steps: int | None = None,
+        norm: nn.Module | None = None,
+        add: Tensor | None = None,
+        again: Again | None = None,
+    ) -> Tensor:
         """x_seq [T, ...] -> spike_seq [T, ...]; in step_mode "s" x [N, ...] -> spikes [N, ...].
 
         Args:
             static_steps: T, where the input is one x [N, ...], the same at each of T steps: `forward_static`.
             norm: a batch norm that stands before the neuron and sees [T * N, C, ...] of [T, N, C, ...]; not in
                 step_mode "s". It is computed together with the neuron where there is a way.
+            add: what the spikes are added to, of their shape.
+            again: how x_seq can be made again, a function and the tensors that it takes; then it need not be kept for
+                the backward pass where batch norm and neuron are one.
         """
         if norm is not None:
-            if not self._streaming and self.step_mode == "m" and self.joins(norm, x_seq):
+            if self.joins(norm, x_seq.device):
                 self._check(x_seq, "x_seq")
                 self._check_T(x_seq.shape[0] if static_steps is None else static_steps)
-                return self.parallel_behind(norm, x_seq, static_steps)
+                return self.parallel_behind(norm, x_seq, static_steps, add, again)
             if static_steps is not None:
                 x_seq = norm(x_seq)
             else:
                 x_seq = norm(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])
+        spikes = self._alone(x_seq, static_steps)
+        return spikes if add is None else add + spikes
+
+    def _alone(self, x_seq: Tensor, static_steps: int | None) -> Tensor:
         if self._streaming:
             self._check(x_seq, "x_seq")
             return self.step(x_seq[0]).unsqueeze(0)

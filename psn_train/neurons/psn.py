@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from psn_train.neurons import functional
-from psn_train.neurons.kernels.batch_norm import joins, norm_psn_sequence
+from psn_train.neurons.kernels.batch_norm import Again, joins, norm_psn_sequence
 from psn_train.neurons.kernels.sequence import psn_sequence, psn_static_sequence
 from psn_train.neurons.neuron import Neuron, spiking_neurons
 
@@ -48,12 +48,21 @@ class _Parallel(Neuron):
         weight, _ = self.weight_and_band(x)
         return psn_static_sequence(x, T, weight, self.bias, self.surrogate, self.alpha)
 
-    def joins(self, norm: nn.Module, y_seq: Tensor) -> bool:
-        return joins(norm, y_seq)
+    def joins(self, norm: nn.Module, device: torch.device) -> bool:
+        return self.step_mode == "m" and not self._streaming and joins(norm, device)
 
-    def parallel_behind(self, norm: nn.Module, y_seq: Tensor, static_steps: int | None) -> Tensor:
+    def parallel_behind(
+        self,
+        norm: nn.Module,
+        y_seq: Tensor,
+        static_steps: int | None = None,
+        add: Tensor | None = None,
+        again: Again | None = None,
+    ) -> Tensor:
         weight, band = self.weight_and_band(y_seq)
-        return norm_psn_sequence(y_seq, norm, weight, self.bias, band, self.surrogate, self.alpha, static_steps)
+        return norm_psn_sequence(
+            y_seq, norm, weight, self.bias, band, self.surrogate, self.alpha, static_steps, add, again
+        )
 
 
 class _FullWeight(_Parallel):

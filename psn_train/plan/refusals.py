@@ -51,7 +51,10 @@ def memory_problem(memory: GpuMemory, limit: float, largest: int, accumulated: i
     )
     if largest:
         return text + f"set it to {largest}, the largest that fits, which gives {accumulated} micro-batches an update"
-    return text + "not even one sample fits: set model.grad_checkpointing: true, or take a GPU with more"
+    return (
+        text
+        + "not even one sample fits: set model.memory: lean or model.grad_checkpointing: true, or take a GPU with more"
+    )
 
 
 def core_problems(recipe: Recipe, cluster: Cluster, read: Reading) -> list[str]:

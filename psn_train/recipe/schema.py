@@ -46,8 +46,11 @@ class Model(Section):
     `psn publish` wrote."""
     sync_bn: bool = False
     """Batch norm statistics over the batches of all ranks."""
+    memory: Literal["plain", "packed", "lean"] = "packed"
+    """What layers of spikes keep for the backward pass; the gradients are the same. packed: their inputs as bits and
+    bytes; lean: nothing else, what is between is computed again; plain: what PyTorch keeps."""
     grad_checkpointing: bool = False
-    """Recompute the blocks in the backward pass instead of keeping them."""
+    """Recompute whole stages in the backward pass instead of keeping them."""
 
 
 class Data(Section):
@@ -324,6 +327,7 @@ class Recipe(Section):
 NEUTRAL = (
     "note",
     "run_dir",
+    "model.memory",
     "data.train",
     "data.val",
     "data.test",

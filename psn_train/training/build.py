@@ -19,6 +19,7 @@ from psn_train.data.reader import SampleReader
 from psn_train.data.split_checks import load_splits
 from psn_train.data.stream import PREFETCH, TrainStream
 from psn_train.models.conv_net import SequentialNet
+from psn_train.models.packed_layers import set_memory
 from psn_train.recipe import Plan, Recipe, held_out_samples
 from psn_train.training.checkpoint import read_weights
 from psn_train.training.runtime import launched_processes
@@ -109,6 +110,7 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
     except TypeError as error:
         raise ValueError(f"model: {section.name} does not take that: {error}") from error
     check_image_size(model, recipe)
+    set_memory(model, section.memory)
     if section.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model

@@ -173,8 +173,9 @@ def out_of_memory(error: BaseException, recipe: Recipe, plan: Plan) -> str | Non
         steps = f"T = {recipe.model.T} steps"
     return (
         f"the memory does not suffice for a batch of {plan.micro_batch_size} samples on a device, {steps} and "
-        f"data.image_size = {recipe.data.image_size}: set {fewer}, or model.grad_checkpointing: true. The allocator "
-        f"says: {(str(error) or type(error).__name__).splitlines()[0]}"
+        f"data.image_size = {recipe.data.image_size}: set {fewer}, model.memory: lean or "
+        "model.grad_checkpointing: true. The allocator says: "
+        f"{(str(error) or type(error).__name__).splitlines()[0]}"
     )
 
 

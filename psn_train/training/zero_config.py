@@ -71,7 +71,7 @@ def zero_config(recipe: Recipe) -> dict:
         if zero.get(key) and device != "none":
             problems.append(
                 f"zero_optimization.{key}: not supported; the optimiser's state of these networks is 50 to 500 MB, "
-                "and their activations are what takes memory (model.grad_checkpointing)"
+                "and their activations are what takes memory (model.memory, model.grad_checkpointing)"
             )
     problems += beyond_the_stage(recipe, stage)
     if importlib.util.find_spec("deepspeed") is None:
@@ -88,6 +88,10 @@ def beyond_the_stage(recipe: Recipe, stage: int) -> list[str]:
         problems.append("ema.decay: under ZeRO-3 no rank has all weights to average; use ZeRO-2, or leave it out")
     if stage == 3 and recipe.precision.compile:
         problems.append("precision.compile: the hooks that gather ZeRO-3's weights break the graph; use ZeRO-2")
+    if stage == 3 and recipe.model.memory == "lean":
+        problems.append(
+            "model.memory: lean computes layers again when ZeRO-3 has given their weights away; use ZeRO-2, or packed"
+        )
     if stage == 3 and recipe.precision.kernels in ("compiled", "triton"):
         problems.append(
             f"precision.kernels: {recipe.precision.kernels} computes batch norm outside of its module, whose hook "

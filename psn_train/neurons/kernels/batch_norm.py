@@ -5,6 +5,8 @@ Legend: T time-steps, N batch, C channels. y_seq [T, N, C, ...], or [N, C, ...] 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,14 +17,16 @@ from psn_train.neurons.kernels.sequence import static_weight, wants_the_law
 from psn_train.neurons.layout import compute_dtype
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
+# what makes the output [T * N, C, ...] of a layer again: a function, and the tensors that it takes
+Again = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 
 
-def joins(norm: nn.Module, y_seq: Tensor) -> bool:
+def joins(norm: nn.Module, device: torch.device) -> bool:
     """Whether this layer is computed together with the neuron behind it.
 
     Not where somebody asks for what is between, nor in plain PyTorch, whose own batch norm is faster on the CPU.
     """
-    if backends.choose(y_seq.device) == "reference":
+    if backends.choose(device) == "reference":
         return False
     known = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
     return known and not norm._forward_hooks and not norm._forward_pre_hooks and not wants_the_law()
@@ -38,6 +42,7 @@ def norm_psn_sequence(
     alpha: float = 2.0,
     static_steps: int | None = None,
     add: Tensor | None = None,
+    again: Again | None = None,
 ) -> Tensor:
     """Spikes [T, N, C, ...] of the neuron behind the batch norm, in y's dtype and layout, plus `add` of their shape.
 
@@ -46,6 +51,7 @@ def norm_psn_sequence(
     Args:
         weight, bias, band: see `operators.psn`.
         static_steps: T, where y_seq [N, C, ...] is the same at each step.
+        again: y is not kept for the backward pass, but made again: a function, and the tensors that it takes.
 
     Raises:
         ValueError: statistics are to be taken over a single value a channel.
@@ -76,8 +82,10 @@ def norm_psn_sequence(
     beta = norm.bias.to(dtype) if norm.affine else torch.zeros_like(mean)
     add = None if add is None else _as_blocks(add, channels_last)[0]
     settings = (band, surrogate, alpha, backend)
+    count = count if batch_statistics else None
+    make, tensors = (None, ()) if again is None else again
     spikes = _NormPSN.apply(
-        y, gamma, beta, weight, bias, add, mean, inv_std, count if batch_statistics else None, group, settings
+        y, gamma, beta, weight, bias, add, mean, inv_std, count, group, settings, make, channels_last, *tensors
     )
     return _from_blocks(spikes, y_seq, channels_last)
 
@@ -86,17 +94,22 @@ class _NormPSN(torch.autograd.Function):
     """y [J, A, C, B] -> spikes [T, A, C, B]; `count`: samples of the statistics, None where these are constants."""
 
     @staticmethod
-    def forward(ctx, y, gamma, beta, weight, bias, add, mean, inv_std, count, group, settings):
+    def forward(ctx, y, gamma, beta, weight, bias, add, mean, inv_std, count, group, settings, make, last, *tensors):
         scale = gamma * inv_std
         shift = beta - mean * scale
-        ctx.save_for_backward(y, scale, shift, weight, bias, mean, inv_std)
+        ctx.save_for_backward(scale, shift, weight, bias, mean, inv_std, *([y] if make is None else tensors))
+        ctx.make, ctx.steps, ctx.channels_last, ctx.inputs = make, y.shape[0], last, len(tensors)
         ctx.count, ctx.group, ctx.settings, ctx.adds = count, group, settings, add is not None
         band, _, _, backend = settings
         return norm_psn(y, scale, shift, weight, bias, band, add, backend)
 
     @staticmethod
     def backward(ctx, grad):
-        y, scale, shift, weight, bias, mean, inv_std = ctx.saved_tensors
+        scale, shift, weight, bias, mean, inv_std, *tensors = ctx.saved_tensors
+        if ctx.make is None:
+            (y,) = tensors
+        else:
+            y, _ = _as_blocks(ctx.make(*tensors).unflatten(0, (ctx.steps, -1)), ctx.channels_last)
         grad_add = grad if ctx.adds else None
         arguments = (grad.contiguous(), y, scale, shift, weight, bias, *ctx.settings)
         grad_weight, grad_bias, sum_dz, sum_dz_y = norm_psn_sums(*arguments)
@@ -114,7 +127,7 @@ class _NormPSN(torch.autograd.Function):
                 constant = -scale * mean_dz - of_y * mean
             *inputs, backend = arguments
             grad_y = norm_psn_backward(*inputs, scale, of_y, constant, backend)
-        return grad_y, sum_dz_n, sum_dz, grad_weight, grad_bias, grad_add, None, None, None, None, None
+        return grad_y, sum_dz_n, sum_dz, grad_weight, grad_bias, grad_add, *(None for _ in range(7 + ctx.inputs))
 
 
 def _as_blocks(y_seq: Tensor, channels_last: bool | None = None) -> tuple[Tensor, bool]:

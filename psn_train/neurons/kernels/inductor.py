@@ -146,7 +146,8 @@ def gradients_written_out(taps: Taps, surrogate: str, alpha: float) -> Callable[
 def compile_once(make: Callable[..., Callable], *arguments, kind: tuple = ()) -> Callable:
     """What `make` makes, as one graph; each has a code of its own, since torch counts how often one is compiled."""
     made = make(*arguments)
-    code = made.__code__.replace(co_name=f"{made.__name__}_{len(arguments[0])}")
+    name = "_".join([made.__name__, *(str(len(taps)) for taps in arguments[:1])])
+    code = made.__code__.replace(co_name=name)
     own = types.FunctionType(code, made.__globals__, made.__name__, made.__defaults__, made.__closure__)
     return torch.compile(own, fullgraph=True)
 

@@ -1,0 +1,203 @@
+"""Tensors of few values, kept small: spikes as bits, sums of spikes and of their averages as uint8. Nothing is lost.
+
+A value is n / parts, n a whole number: spikes are 0 or 1; what ADD joins is a sum of spikes; the average over a pool's
+window of spikes is a number of parts, and joins add whole numbers to it. In half precision such a sum was rounded at
+each join, so a table says what n stands for.
+
+Legend: M numbers of a tensor, in the order of memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from psn_train.neurons.kernels import backends, bits
+from psn_train.neurons.kernels.inductor import compile_once
+
+
+class Levels(NamedTuple):
+    """What numbers a tensor holds: n / parts for n from 0 to most."""
+
+    most: int = 1
+    parts: int = 1
+
+
+SPIKES = Levels()
+
+
+class Packed(NamedTuple):
+    """A tensor [...] of few values: its code uint8, and what it takes to have it back."""
+
+    code: Tensor
+    form: Form
+
+    def unpack(self) -> Tensor:
+        return unpack(self.code, self.form)
+
+
+class Form(NamedTuple):
+    """What a code is of."""
+
+    levels: Levels
+    shape: tuple[int, ...]
+    order: tuple[int, ...]  # axes, from the outermost in memory
+    dtype: torch.dtype
+
+
+def pack(x: Tensor, levels: Levels = SPIKES) -> Packed:
+    """x [...] of these levels -> its code: M / 8 bytes of spikes, else M.
+
+    Raises:
+        ValueError: a byte, or x's dtype, cannot tell these levels apart.
+    """
+    if not can_tell_apart(levels, x.dtype):
+        raise ValueError(f"pack: got {x.dtype} of up to {levels.most} parts of 1 / {levels.parts}: too many to be kept")
+    x = x.detach()
+    strides = x.stride()
+    # sorted() is stable: axes of equal stride (one of them has size 1) keep their order
+    order = tuple(sorted(range(x.ndim), key=lambda axis: -strides[axis]))
+    flat = x.permute(order).reshape(-1)
+    form = Form(levels, tuple(x.shape), order, x.dtype)
+    backend = backends.choose(x.device)
+    if torch.compiler.is_compiling() and backend == "compiled":
+        return Packed(_encode(flat, levels, backend), form)
+    return Packed(pack_values(flat, levels.most, levels.parts, backend), form)
+
+
+def unpack(code: Tensor, form: Form) -> Tensor:
+    """The tensor, in its own dtype and layout."""
+    shape = [form.shape[axis] for axis in form.order]
+    count = 1
+    for size in shape:
+        count = count * size
+    backend = backends.choose(code.device)
+    if torch.compiler.is_compiling() and backend == "compiled":
+        flat = _decode(code, count, form.levels, form.dtype, backend)
+    else:
+        flat = unpack_values(code, count, form.levels.most, form.levels.parts, form.dtype, backend)
+    return flat.view(shape).permute([form.order.index(axis) for axis in range(len(shape))])
+
+
+@torch.library.custom_op("psn_train::pack_values", mutates_args=())
+def pack_values(x: Tensor, most: int, parts: int, backend: str) -> Tensor:
+    """x [M] of n / parts, n at most `most` -> uint8 [ceil(M / 8)] where these are spikes, else [M]."""
+    return _encode(x, Levels(most, parts), backend)
+
+
+@pack_values.register_fake
+def _(x, most, parts, backend):
+    return x.new_empty(-(-x.shape[0] // 8) if (most, parts) == SPIKES else x.shape[0], dtype=torch.uint8)
+
+
+@torch.library.custom_op("psn_train::unpack_values", mutates_args=())
+def unpack_values(code: Tensor, count: int, most: int, parts: int, dtype: torch.dtype, backend: str) -> Tensor:
+    """What `pack_values` packed, [M] of `dtype`."""
+    return _decode(code, count, Levels(most, parts), dtype, backend)
+
+
+@unpack_values.register_fake
+def _(code, count, most, parts, dtype, backend):
+    return code.new_empty(count, dtype=dtype)
+
+
+def _encode(x: Tensor, levels: Levels, backend: str) -> Tensor:
+    compiled = backend == "compiled"
+    if levels == SPIKES:
+        M = x.shape[0]
+        if compiled and M % 8 == 0:
+            return _run(_planes_to_bytes, x.dtype, x.view(8, -1))
+        return _bits_of(backend).pack_bits(x.view(1, M))[0]
+    if levels.parts == 1:
+        return x.to(torch.uint8)
+    return _run(_rounded, x.dtype, x, levels.parts) if compiled else _rounded()(x, levels.parts)
+
+
+def _decode(code: Tensor, count: int, levels: Levels, dtype: torch.dtype, backend: str) -> Tensor:
+    if levels == SPIKES:
+        if backend == "compiled" and count % 8 == 0:
+            return _run(_bytes_to_planes, dtype, code, dtype).view(-1)
+        return _bits_of(backend).unpack_bits(code.view(1, -1), count, dtype)[0]
+    if levels.parts == 1:
+        return code.to(dtype)
+    if torch.compiler.is_compiling():
+        values = table(levels, dtype).to(code.device)
+    else:
+        values = _table_on(levels, dtype, code.device)
+    return values.index_select(0, code.to(torch.int32))
+
+
+# its value goes into a graph that is being compiled
+@torch.compiler.assume_constant_result
+def can_tell_apart(levels: Levels, dtype: torch.dtype) -> bool:
+    """Whether each of these numbers is known again when it is rounded to its number of parts."""
+    return _can_tell_apart(levels, dtype)
+
+
+@functools.cache
+def _can_tell_apart(levels: Levels, dtype: torch.dtype) -> bool:
+    if levels.parts == 1:
+        return levels.most <= min(255, 2 / torch.finfo(dtype).eps)
+    found = _rounded()(table(levels, dtype), levels.parts)
+    return levels.most <= 255 and torch.equal(found, torch.arange(levels.most + 1).to(torch.uint8))
+
+
+def table(levels: Levels, dtype: torch.dtype) -> Tensor:
+    """[most + 1]: what each n stands for, its whole ones added one by one in this dtype, as the joins do."""
+    values = (torch.arange(levels.parts, dtype=torch.float64) / levels.parts).to(dtype)
+    rows = [values]
+    while len(rows) * levels.parts <= levels.most:
+        values = values + 1
+        rows.append(values)
+    return torch.cat(rows)[: levels.most + 1]
+
+
+@functools.cache
+def _table_on(levels: Levels, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return table(levels, dtype).to(device)
+
+
+def _bits_of(backend: str):
+    if backend == "triton":
+        from psn_train.neurons.kernels import triton_bits
+
+        return triton_bits
+    return bits
+
+
+def _run(make, kind: torch.dtype, flat: Tensor, *arguments):
+    """Compiled code for any M; inside of a graph that is being compiled, its lines."""
+    if torch.compiler.is_compiling():
+        return make()(flat, *arguments)
+    flat = flat.detach()
+    torch._dynamo.maybe_mark_dynamic(flat, flat.ndim - 1)
+    return compile_once(make, kind=(kind,))(flat, *arguments)
+
+
+def _planes_to_bytes():
+    def spikes_to_bits(planes: Tensor) -> Tensor:
+        # sums of zeros and ones times powers of two, exact; as numbers Inductor makes faster loops of them than as bits
+        total = planes[0].float()
+        for place in range(1, 8):
+            total = total + planes[place].float() * float(1 << place)
+        return total.to(torch.uint8)
+
+    return spikes_to_bits
+
+
+def _bytes_to_planes():
+    def bits_to_spikes(code: Tensor, dtype: torch.dtype) -> Tensor:
+        wide = code.to(torch.int32)
+        return torch.stack([((wide >> place) & 1).float().to(dtype) for place in range(8)])
+
+    return bits_to_spikes
+
+
+def _rounded():
+    def fractions_to_parts(x: Tensor, parts: int) -> Tensor:
+        return (x.float() * parts).round().to(torch.uint8)
+
+    return fractions_to_parts
