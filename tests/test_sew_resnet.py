@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from psn_train.models.blocks import join, per_image
+from psn_train.models.blocks import per_image
+from psn_train.models.packed_layers import Join
 from psn_train.models.sew_resnet import ARCHITECTURES, DEPTHS, SEWResNet
 from psn_train.neurons import NEURONS, PSN, spiking_neurons
 
@@ -135,7 +136,7 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize(("connect", "table"), [("ADD", [0, 1, 1, 2]), ("AND", [0, 0, 0, 1]), ("IAND", [0, 0, 1, 0])])
 def test_join_in_one_operand_order_in_every_block(depth, connect, table):
     identity, out = torch.tensor([0.0, 0, 1, 1]), torch.tensor([0.0, 1, 0, 1])
-    assert join(identity, out, connect).tolist() == table
+    assert Join(connect)(identity, out).tolist() == table
     model = small(depth=depth, connect_function=connect, neuron="lif", v_threshold=0.3).eval()
     for block in (model.layer1[0], model.layer2[0]):
         x = (torch.rand(4, 2, block.conv1.in_channels, 6, 6) < 0.5).float()
