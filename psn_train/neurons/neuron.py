@@ -66,9 +66,10 @@ class Neuron(nn.Module):
         Args:
             static_steps: T, where the input is one x [N, ...], the same at each of T steps: `forward_static`.
             norm: a batch norm that stands before the neuron and sees [T * N, C, ...] of [T, N, C, ...]; not in
-                step_mode "s". It is computed together with the neuron where there is a way.
+                step_mode "s". It is computed together with the neuron where there is a way. An nn.Identity is where a
+                batch norm was folded into the convolution: as good as None.
         """
-        if norm is not None:
+        if norm is not None and type(norm) is not nn.Identity:
             if not self._streaming and self.step_mode == "m" and self.joins(norm, x_seq):
                 self._check(x_seq, "x_seq")
                 self._check_T(x_seq.shape[0] if static_steps is None else static_steps)

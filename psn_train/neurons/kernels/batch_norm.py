@@ -17,12 +17,12 @@ from psn_train.neurons.layout import compute_dtype
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-def joins(norm: nn.Module, y_seq: Tensor) -> bool:
+def joins(norm: nn.Module, y_seq: Tensor, backend: str | None = None) -> bool:
     """Whether this layer is computed together with the neuron behind it.
 
     Not where somebody asks for what is between, nor in plain PyTorch, whose own batch norm is faster on the CPU.
     """
-    if backends.choose(y_seq.device) == "reference":
+    if backends.choose(y_seq.device, backend) == "reference":
         return False
     known = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
     return known and not norm._forward_hooks and not norm._forward_pre_hooks and not wants_the_law()
@@ -38,6 +38,7 @@ def norm_psn_sequence(
     alpha: float = 2.0,
     static_steps: int | None = None,
     add: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Spikes [T, N, C, ...] of the neuron behind the batch norm, in y's dtype and layout, plus `add` of their shape.
 
@@ -46,6 +47,7 @@ def norm_psn_sequence(
     Args:
         weight, bias, band: see `operators.psn`.
         static_steps: T, where y_seq [N, C, ...] is the same at each step.
+        backend: of this layer, whatever is chosen for all.
 
     Raises:
         ValueError: statistics are to be taken over a single value a channel.
@@ -54,7 +56,7 @@ def norm_psn_sequence(
         weight, bias, band = static_weight(y_seq, static_steps, weight), bias.expand(static_steps), 0
         y_seq = y_seq.unsqueeze(0)
     y, channels_last = _as_blocks(y_seq)
-    backend = backends.choose(y.device)
+    backend = backends.choose(y.device, backend)
     dtype = compute_dtype(y, weight)
     group, count = None, y.numel() // y.shape[2]
     batch_statistics = norm.training or not norm.track_running_stats
