@@ -54,7 +54,9 @@ FEW += ["sew_resnet18_psn", "sew_resnet50_psn", "sew_resnext50_32x4d_psn", "sew_
 def test_logits_of_every_kind_of_network(name):
     small = {} if "wide" in name or "resnext" in name else {"width": 8}
     side = {"vgg": 48, "seq": 32, "cif": 32}.get(name[:3], 64)
-    model = trained(timm.create_model(name, num_classes=5, **small, **({"hidden": 64} if name[:3] in ("cif", "seq") else {})), side)
+    model = trained(
+        timm.create_model(name, num_classes=5, **small, **({"hidden": 64} if name[:3] in ("cif", "seq") else {})), side
+    )
     folded = fold_batch_norm(model)
     assert type(folded) is type(model) and not any(isinstance(module, Norm) for module in folded.modules())
     assert_same_logits(model, folded, noise(2, model.in_chans, side))

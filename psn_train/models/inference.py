@@ -62,7 +62,9 @@ def prepare(
 
 def _cast(network: nn.Module, dtype: torch.dtype) -> None:
     """All parameters and buffers but those of neurons."""
-    own = {id(tensor) for _, neuron in spiking_neurons(network) for tensor in neuron.state_dict(keep_vars=True).values()}
+    own = {
+        id(tensor) for _, neuron in spiking_neurons(network) for tensor in neuron.state_dict(keep_vars=True).values()
+    }
     for tensor in (*network.parameters(), *network.buffers()):
         if id(tensor) not in own and tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)

@@ -71,9 +71,7 @@ def static_weight(x: Tensor, T: int, weight: Tensor) -> Tensor:
     return full.to(compute_dtype(x, weight)).sum(1, keepdim=True)
 
 
-def _rows(
-    x: Tensor, weight: Tensor, bias: Tensor, band: int, surrogate: str, alpha: float, own: str | None
-) -> Tensor:
+def _rows(x: Tensor, weight: Tensor, bias: Tensor, band: int, surrogate: str, alpha: float, own: str | None) -> Tensor:
     backend = backends.choose(x.device, own)
     if backend == "compiled" and torch.compiler.is_compiling():
         return inductor.Inlined.apply(x, weight, bias, band, surrogate, alpha)
