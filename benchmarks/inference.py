@@ -150,22 +150,36 @@ def images(comparison: side_by_side.Comparison, options, x: Tensor) -> None:
             )
 
 
-def frames(comparison: side_by_side.Comparison, options, x: Tensor) -> None:
-    """Frame by frame, batch 1: time of a frame, over sequences of T."""
+def step_by_step(network, sequence: Tensor) -> Tensor:
+    """Frames [T, N, 3, H, W] -> logits [T, N, K], from rest to rest."""
+    with torch.no_grad():
+        logits = torch.stack([network.step(frame) for frame in sequence])
+    network.reset()
+    return logits
+
+
+def their_step_by_step(network: nn.Module, sequence: Tensor) -> Tensor:
     from spikingjelly.activation_based import functional
 
+    with torch.no_grad():
+        logits = torch.stack([network(frame) for frame in sequence])
+    functional.reset_net(network)
+    return logits
+
+
+def frames(comparison: side_by_side.Comparison, options, x: Tensor) -> None:
+    """Frame by frame, batch 1: time of a frame, over sequences of T."""
     for neuron in STREAMED:
         ours = our_network(neuron, x, options.T, options.k)
         theirs = their_network(ours, neuron, options.T, options.k, "s")
         sequence = x[torch.arange(options.T) % len(x)].unsqueeze(1)
+        exact = copy.deepcopy(ours).double()
         with torch.no_grad():
-            exact = copy.deepcopy(ours).double()
             truth = exact(sequence.double(), per_step=True)
-            slow = copy.deepcopy(theirs).double()
-            sides = {
-                "step": torch.stack([exact.step(frame) for frame in sequence.double()]),
-                "SpikingJelly": torch.stack([slow(frame) for frame in sequence.double()]),
-            }
+        sides = {
+            "step": step_by_step(exact, sequence.double()),
+            "SpikingJelly": their_step_by_step(copy.deepcopy(theirs).double(), sequence.double()),
+        }
         for name, logits in sides.items():
             if not torch.allclose(logits, truth, atol=1e-6, rtol=1e-6):
                 side_by_side.refuse(f"{neuron}, frame by frame: {name} differs from the whole sequence in float64")
@@ -178,21 +192,8 @@ def frames(comparison: side_by_side.Comparison, options, x: Tensor) -> None:
         if options.compile:
             served["psn_train, folded, compiled"] = prepare(ours)
 
-        def run(network) -> Tensor:
-            with torch.no_grad():
-                found = torch.stack([network.step(frame) for frame in sequence])
-            network.reset()
-            return found
-
-        def run_theirs() -> Tensor:
-            with torch.no_grad():
-                found = torch.stack([theirs(frame) for frame in sequence])
-            functional.reset_net(theirs)
-            return found
-
-        jobs = {name: partial(run, network) for name, network in served.items()} | {
-            "SpikingJelly, step mode": run_theirs
-        }
+        jobs = {name: partial(step_by_step, network, sequence) for name, network in served.items()}
+        jobs["SpikingJelly, step mode"] = partial(their_step_by_step, theirs, sequence)
         for name, job in jobs.items():
             if not (off := distance(job(), truth)) < MOST["fp32"]:
                 side_by_side.refuse(f"{neuron}, {name}: the logits are off by {off:.2f} of their spread")

@@ -142,7 +142,7 @@ def test_features_stay_and_pickles_load():
 
 
 def test_on_photographs_in_float32_hardly_a_spike_differs(shared_data):
-    """Layer by layer on the same input. In a whole network a flip goes on to others: half a percent of random weights'."""
+    """Layer by layer on the same input; in a whole network of random weights a flip goes on to flip others."""
     x = foreign.photographs(16, 128)
     model = timm.create_model("sew_resnet18_psn", num_classes=10)
     foreign.wake(model, x, Neuron)

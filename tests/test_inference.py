@@ -175,7 +175,7 @@ def test_what_cannot_be_prepared_is_named():
 
 def test_steps_that_cannot_be_taken_are_named(quick):
     frame = torch.randn(2, 2, 16, 16)
-    with pytest.raises(ValueError, match="PSN.*cannot run step by step"):
+    with pytest.raises(ValueError, match=r"PSN.*cannot run step by step"):
         prepare(trained()).step(frame)
     with pytest.raises(ValueError, match="state of LIF is not kept in compiled code; take compile=False"):
         prepare(trained(neuron="lif")).step(frame)

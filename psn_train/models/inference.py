@@ -40,8 +40,8 @@ def prepare(
         cuda_graph: replay the compiled graph's kernels in one launch; None: on a GPU, where it is compiled.
 
     Raises:
-        ValueError: what cannot be folded (`fold_batch_norm`), a dtype that is no floating point, or a CUDA graph of what
-            is not compiled or not on a GPU.
+        ValueError: what cannot be folded (`fold_batch_norm`), a dtype that is no floating point, or a CUDA graph of
+            what is not compiled or not on a GPU.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"prepare: got dtype={dtype}, wanted one of {', '.join(map(str, _DTYPES))}, or None")
@@ -146,7 +146,7 @@ class InferenceNetwork:
         return self.network(x, per_step=per_step)
 
     def _next_step(self, frame: Tensor, t: Tensor, queues: Sequence[Tensor]) -> Tensor:
-        """Frame [N, C, H, W] -> logits [N, K]; t [] and each neuron's queue [k, N, ...] become those of the next step."""
+        """Frame [N, C, H, W] -> logits [N, K]; t [] and the queues [k, N, ...] become those of the next step."""
         logits, after = advance(self.network, self._neurons, frame, t, queues)
         for queue, new in zip(queues, after, strict=True):
             queue.copy_(new)
