@@ -55,11 +55,11 @@ def test_the_standin_is_laid_out_as_cifar10_dvs(tmp_path):
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
-        ("inference.py", ("--batch", 1, "--dtype", "fp32", "--side", 32, "--no-compile")),
+        ("inference.py", ("--batch", 1, "--dtype", "fp32", "--side", 64, "--no-compile")),
         ("neuron.py", ("--T", 2, "--N", 64, "--no-compile")),
     ],
 )
-def test_beside_spikingjelly(script, arguments, tmp_path):
+def test_beside_spikingjelly(script, arguments, tmp_path, shared_data):
     pytest.importorskip("spikingjelly")
     out = run(script, *arguments, "--device", "cpu", "--repeats", 1, "--seconds", 1, "--out", tmp_path)
     result = json.loads(out.splitlines()[-1])
