@@ -250,7 +250,7 @@ def test_jobs_take_turns_and_time_is_bounded(monkeypatch):
     # a warm-up each, then rounds of both, either of which may begin
     assert "".join(order[:2]) == "ab"
     assert {"".join(order[place : place + 2]) for place in range(2, 42, 2)} == {"ab", "ba"}
-    assert found["b"] == timing.Times(2.0, 2.0, 2.0, 2.0, 20, 1)
+    assert found["b"] == timing.Times(2.0, 2.0, 2.0, 2.0, 20, 1, 2.0)
     # 3 s of warm-up and 3 s a round: 18 s hold five rounds; three are taken within tenfold time; else one
     assert timing.measure_in_turns(jobs, CPU, repeats=50, seconds=18)["a"].rounds == 5
     assert timing.measure_in_turns(jobs, CPU, repeats=50, seconds=2)["a"].rounds == 3

@@ -50,3 +50,37 @@ def test_the_standin_is_laid_out_as_cifar10_dvs(tmp_path):
             for member in archive.namelist():
                 recording = parse_recording(archive.read(member), "dvs128")
                 assert 250 < len(recording) < 750 and not recording.repairs
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("inference.py", ("--batch", 1, "--dtype", "fp32", "--side", 64, "--no-compile")),
+        ("neuron.py", ("--T", 2, "--N", 64, "--no-compile")),
+    ],
+)
+def test_beside_spikingjelly(script, arguments, tmp_path, shared_data):
+    pytest.importorskip("spikingjelly")
+    out = run(script, *arguments, "--device", "cpu", "--repeats", 1, "--seconds", 1, "--out", tmp_path)
+    result = json.loads(out.splitlines()[-1])
+    (name,) = {path.stem for path in tmp_path.iterdir()}
+    assert result == json.loads((tmp_path / f"{name}.json").read_text()) and script == f"{name}.py"
+    assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(result["groups"]) == 3
+    for group in result["groups"]:
+        assert any(job.startswith("psn_train") for job in group["jobs"])
+        assert any(job.startswith("SpikingJelly") for job in group["jobs"])
+        assert group["jobs"][group["base"]]["times"] == 1.0
+
+
+def test_what_differs_gets_no_figure(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    pytest.importorskip("spikingjelly")
+    import neuron
+    import torch
+
+    monkeypatch.setattr(neuron, "theirs", lambda mine, T, k: PSN(T))
+    from psn_train.neurons import PSN
+
+    with pytest.raises(SystemExit, match=r"psn at T=4: spikes of SpikingJelly is off .* no figure is printed"):
+        neuron.check("psn", 4, 2, ["reference"], torch.float32, torch.device("cpu"))

@@ -207,6 +207,11 @@ def test_eval_of_a_run_and_of_its_published_folder_agree(run_folder, published, 
     assert status == 0 and json.loads(out) == of_run
     status, out, _ = psn("eval", run_folder / "checkpoints" / "step_00000008", *where[:-1])
     assert status == 0 and "50 samples: top-1" in out and "sn1" in out
+    status, out, _ = psn("eval", run_folder, *where, "--fold")
+    folded = json.loads(out)
+    # a potential within rounding of the threshold may flip
+    assert status == 0 and folded["count"] == 50 and folded["loss"] == pytest.approx(of_run["loss"], rel=1e-2)
+    assert folded["firing"].keys() == of_run["firing"].keys()
 
 
 def test_eval_and_publish_say_what_they_took(run_folder, published, digit_shards, tmp_path, psn):

@@ -135,9 +135,7 @@ def test_only_the_convolutions_output_is_kept():
 @pytest.mark.parametrize("layer", [PSN(4), MaskedPSN(2, 4), SlidingPSN(2)], ids=["psn", "masked_psn", "sliding_psn"])
 def test_hooks_see_what_is_between(layer, monkeypatch):
     """A batch norm that someone looks at runs by itself; so does one of another kind."""
-    from psn_train.neurons.kernels import backends
-
-    monkeypatch.setattr(backends, "choose", lambda device: "compiled")
+    monkeypatch.setattr(layer, "backend", "compiled")
     seen, norm = [], nn.BatchNorm2d(3)
     norm.register_forward_hook(lambda module, given, out: seen.append(out))
     y = torch.randn(8, 3, 5, 5).unflatten(0, (4, 2))

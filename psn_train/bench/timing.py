@@ -2,7 +2,7 @@
 
 A sample is as many calls in a row as last a millisecond or more; a round takes one sample of every job, in an order of
 its own: what a job leaves behind in caches, memory and threads meets another one each time. On a GPU samples are timed
-by events, on the CPU by the wall clock. All times are in seconds.
+by events, on the CPU by the wall clock, or by the CPU time of the process. All times are in seconds.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Times(NamedTuple):
     minimum: float
     rounds: int
     calls: int
+    p95: float
 
 
 def bench_device(name: str | None) -> torch.device:
@@ -121,17 +122,18 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
-def _sampler(device: torch.device) -> Callable[[Callable[[], object], int], float]:
+def _sampler(device: torch.device, cpu_time: bool) -> Callable[[Callable[[], object], int], float]:
     """(job, calls) -> seconds that so many calls took, from an idle device to an idle device."""
     if device.type != "cuda":
+        clock = time.process_time if cpu_time else time.perf_counter
 
-        def wall(job: Callable[[], object], calls: int) -> float:
-            begin = time.perf_counter()
+        def on_cpu(job: Callable[[], object], calls: int) -> float:
+            begin = clock()
             for _ in range(calls):
                 job()
-            return time.perf_counter() - begin
+            return clock() - begin
 
-        return wall
+        return on_cpu
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
 
     def events(job: Callable[[], object], calls: int) -> float:
@@ -176,6 +178,7 @@ def measure_in_turns(
     repeats: int,
     seconds: float,
     compiled: bool = False,
+    cpu_time: bool = False,
 ) -> dict[Hashable, Times]:
     """Time every job, all in each round.
 
@@ -185,8 +188,10 @@ def measure_in_turns(
         seconds: no round is begun that would not end within them, counted from the first warm-up; the first three,
             within ten times as many. One round is taken all the same.
         compiled: the first call of a job compiles it.
+        cpu_time: on the CPU, seconds that the process computed, all threads together, not those that passed: where
+            others use the machine, too, and for one thread.
     """
-    names, sample = list(jobs), _sampler(device)
+    names, sample = list(jobs), _sampler(device, cpu_time)
     order = random.Random(0)
     taken: dict[Hashable, list[float]] = {name: [] for name in names}
     with _undisturbed(device):
@@ -207,5 +212,5 @@ def measure_in_turns(
 
 
 def _summary(taken: list[float], calls: int) -> Times:
-    minimum, q1, median, q3 = (float(value) for value in np.percentile(taken, [0, 25, 50, 75]))
-    return Times(median, q1, q3, minimum, len(taken), calls)
+    minimum, q1, median, q3, p95 = (float(value) for value in np.percentile(taken, [0, 25, 50, 75, 95]))
+    return Times(median, q1, q3, minimum, len(taken), calls, p95)

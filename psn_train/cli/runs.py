@@ -28,6 +28,7 @@ def add(verbs, verb) -> None:
     evaluate.add_argument("--batch-size", type=count, default=64)
     evaluate.add_argument("--workers", type=int, default=2)
     evaluate.add_argument("--device", help="such as cuda:1; by default a GPU if there is one")
+    evaluate.add_argument("--fold", action="store_true", help="with batch norm folded into the convolutions")
     evaluate.add_argument("--json", action="store_true", help="print one JSON object in place of a table")
 
     recipe = verb("recipe", _recipe, "print a resolved recipe and every number that follows from it")
@@ -90,6 +91,7 @@ def _eval(options) -> int:
             batch_size=options.batch_size,
             workers=options.workers,
             device=options.device,
+            fold=options.fold,
             on_batch=lambda count: progress.advance(task, count),
         )
     note = trained_on(index, meta)

@@ -63,6 +63,8 @@ class SpikingNetwork(nn.Module):
         self.neuron, self.T, self.k = neuron, T, k
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.grad_checkpointing = False
+        # whether its batch norms are in its convolutions: `folding.fold_batch_norm`
+        self.folded = False
         self._t = 0
         self._neuron_arguments = {"surrogate": surrogate, "alpha": alpha, **neuron_options}
 
@@ -139,6 +141,14 @@ class SpikingNetwork(nn.Module):
             raise ValueError(
                 f"{self._where}: its neurons are in step_mode 's'; call set_step_mode(model, 'm'), or model.step"
             )
+
+    def train(self, mode: bool = True):
+        if mode and self.folded:
+            raise ValueError(
+                f"{self._where}: its batch norms are folded into its convolutions, so it is for inference alone; train "
+                "the network that it was made of"
+            )
+        return super().train(mode)
 
     # ---- one frame at a time
 

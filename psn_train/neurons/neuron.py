@@ -81,12 +81,13 @@ class Neuron(nn.Module):
         Args:
             static_steps: T, where the input is one x [N, ...], the same at each of T steps: `forward_static`.
             norm: a batch norm that stands before the neuron and sees [T * N, C, ...] of [T, N, C, ...]; not in
-                step_mode "s". It is computed together with the neuron where there is a way.
+                step_mode "s". It is computed together with the neuron where there is a way. An nn.Identity is where a
+                batch norm was folded into the convolution: as good as None.
             add: what the spikes are added to, of their shape.
             again: how x_seq can be made again, a function and the tensors that it takes; then it need not be kept for
                 the backward pass where batch norm and neuron are one.
         """
-        if norm is not None:
+        if norm is not None and type(norm) is not nn.Identity:
             if self.joins(norm, x_seq.device):
                 self._check(x_seq, "x_seq")
                 self._check_T(x_seq.shape[0] if static_steps is None else static_steps)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from psn_train.neurons import functional
 from psn_train.neurons.kernels.batch_norm import Again, joins, norm_psn_sequence
-from psn_train.neurons.kernels.sequence import psn_sequence, psn_static_sequence
+from psn_train.neurons.kernels.sequence import inlines, psn_sequence, psn_static_sequence, psn_step
 from psn_train.neurons.neuron import Neuron, spiking_neurons
 
 
@@ -35,6 +35,8 @@ class _Parallel(Neuron):
 
     weight: nn.Parameter
     bias: nn.Parameter
+    # one of kernels.BACKENDS, whatever is chosen for all; of a network that is prepared for inference
+    backend: str | None = None
 
     def weight_and_band(self, x: Tensor) -> tuple[Tensor, int]:
         """The weight of `kernels.psn` for an input of x's dtype, and its band."""
@@ -42,14 +44,14 @@ class _Parallel(Neuron):
 
     def parallel(self, x_seq: Tensor) -> Tensor:
         weight, band = self.weight_and_band(x_seq)
-        return psn_sequence(x_seq, weight, self.bias, band, self.surrogate, self.alpha)
+        return psn_sequence(x_seq, weight, self.bias, band, self.surrogate, self.alpha, self.backend)
 
     def static(self, x: Tensor, T: int) -> Tensor:
         weight, _ = self.weight_and_band(x)
-        return psn_static_sequence(x, T, weight, self.bias, self.surrogate, self.alpha)
+        return psn_static_sequence(x, T, weight, self.bias, self.surrogate, self.alpha, self.backend)
 
     def joins(self, norm: nn.Module, device: torch.device) -> bool:
-        return self.step_mode == "m" and not self._streaming and joins(norm, device)
+        return self.step_mode == "m" and not self._streaming and joins(norm, device, self.backend)
 
     def parallel_behind(
         self,
@@ -60,9 +62,8 @@ class _Parallel(Neuron):
         again: Again | None = None,
     ) -> Tensor:
         weight, band = self.weight_and_band(y_seq)
-        return norm_psn_sequence(
-            y_seq, norm, weight, self.bias, band, self.surrogate, self.alpha, static_steps, add, again
-        )
+        settings = (weight, self.bias, band, self.surrogate, self.alpha, static_steps, add, again)
+        return norm_psn_sequence(y_seq, norm, *settings, backend=self.backend)
 
 
 class _FullWeight(_Parallel):
@@ -169,13 +170,18 @@ class MaskedPSN(_FullWeight):
     def step(self, x: Tensor) -> Tensor:
         if self._host_lambda < 1.0:
             raise ValueError(f"{self._where()}: runs step by step only with lambda=1; see set_lambda")
-        if self._t == self.T:
+        # a tensor in compiled code, whose caller counts
+        if isinstance(self._t, int) and self._t == self.T:
             raise ValueError(f"{self._where()}: step {self._t + 1} of T={self.T}; call reset() before a new sequence")
         queue = functional.new_queue(x, self.k) if self._queue is None else self._queue
-        spike, self._queue = functional.masked_psn_step(
-            x, self._t, queue, self.weight, self.bias, self.surrogate, self.alpha
-        )
-        self._t += 1
+        if inlines(x, self.backend):
+            taps, bias = functional.masked_taps(x, self._t, self.k, self.weight, self.bias)
+            spike, self._queue = psn_step(x, queue, taps, bias, self.surrogate, self.alpha)
+        else:
+            spike, self._queue = functional.masked_psn_step(
+                x, self._t, queue, self.weight, self.bias, self.surrogate, self.alpha
+            )
+        self._t = self._t + 1
         return spike
 
     def reset(self) -> None:
@@ -254,7 +260,13 @@ class SlidingPSN(_Parallel):
 
     def step(self, x: Tensor) -> Tensor:
         queue = functional.new_queue(x, self.k) if self._queue is None else self._queue
-        spike, self._queue = functional.sliding_psn_step(x, queue, self.weight, self.bias, self.surrogate, self.alpha)
+        if inlines(x, self.backend):
+            taps, bias = self.weight.unsqueeze(0), self.bias.unsqueeze(0)
+            spike, self._queue = psn_step(x, queue, taps, bias, self.surrogate, self.alpha)
+        else:
+            spike, self._queue = functional.sliding_psn_step(
+                x, queue, self.weight, self.bias, self.surrogate, self.alpha
+            )
         return spike
 
     def reset(self) -> None:

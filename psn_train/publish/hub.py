@@ -13,6 +13,7 @@ from torch import nn
 from psn_train.data.event_index import check_kind, check_one_split, check_trained_sensor
 from psn_train.data.fetch import hide_password
 from psn_train.data.index import ShardIndex, load_index
+from psn_train.models.folding import fold_batch_norm
 from psn_train.neurons import get_lambda
 from psn_train.recipe import Recipe
 from psn_train.training.build import load_network
@@ -232,15 +233,20 @@ def evaluate_folder(
     workers: int = 2,
     device: str | None = None,
     firing: bool = True,
+    fold: bool = False,
     on_batch=None,
 ):
-    """Evaluate a run, a checkpoint or a timm folder on shards; see `training.evaluate.evaluate`."""
+    """Evaluate a run, a checkpoint or a timm folder on shards; see `training.evaluate.evaluate`.
+
+    fold: the network as it is used for inference, its batch norms in its convolutions.
+    """
     from psn_train.data.cache import open_cache
     from psn_train.data.reader import SampleReader
     from psn_train.training.evaluate import evaluate, make_eval_loader
 
     index = load_index(shards)
     model, recipe, meta = load_any(where, prefer=prefer, weights=weights)
+    model = fold_batch_norm(model) if fold else model
     check_kind(index, recipe, "--shards")
     # a run's state.json has it, and the config.json of what was published
     split = meta.get("split") or meta.get("psn_train", {}).get("split") or {}

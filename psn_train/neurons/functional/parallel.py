@@ -145,15 +145,20 @@ def masked_psn_step(
 
     x [...], queue [k, ...] the last k inputs, newest last, zeros before the first -> spike [...], next queue [k, ...].
     """
-    dtype, k = compute_dtype(x, weight), queue.shape[0]
-    t = torch.as_tensor(t, device=x.device).reshape(1)
-    taps = F.pad(weight, (k - 1, 0)).index_select(0, t)  # [1, k - 1 + T]; column t + i is W[t, t - k + 1 + i]
-    taps = taps.index_select(1, t + torch.arange(k, device=x.device))  # [1, k]
-    rows, layout = _push(x, queue)
+    dtype = compute_dtype(x, weight)
+    taps, bias = masked_taps(x, t, queue.shape[0], weight, bias)
+    rows, layout = push(x, queue)
     with no_autocast(x):
-        h = torch.addmm(bias.to(dtype).index_select(0, t).unsqueeze(1), taps.to(dtype), rows.to(dtype))
+        h = torch.addmm(bias.to(dtype).unsqueeze(1), taps.to(dtype), rows.to(dtype))
     spike = fire(from_rows(h, layout)[0], surrogate, alpha, x.dtype, smooth)
     return spike, from_rows(rows, layout)
+
+
+def masked_taps(x: Tensor, t: int | Tensor, k: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """What step t of a masked PSN multiplies its queue by, [1, k] of W [T, T], and adds, [1] of B [T]."""
+    t = torch.as_tensor(t, device=x.device).reshape(1)
+    taps = F.pad(weight, (k - 1, 0)).index_select(0, t)  # [1, k - 1 + T]; column t + i is W[t, t - k + 1 + i]
+    return taps.index_select(1, t + torch.arange(k, device=x.device)), bias.index_select(0, t)
 
 
 # ---- sliding PSN: H[t] = sum_i w_i X[t - k + 1 + i] + b
@@ -206,7 +211,7 @@ def sliding_psn_step(
 ) -> tuple[Tensor, Tensor]:
     """H = sum_i w_i queue[i] + b. x [...], queue [k, ...] as in `masked_psn_step` -> spike [...], next queue."""
     dtype = compute_dtype(x, weight)
-    rows, layout = _push(x, queue)
+    rows, layout = push(x, queue)
     with no_autocast(x):
         h = torch.addmm(bias.to(dtype).reshape(1, 1), weight.to(dtype).unsqueeze(0), rows.to(dtype))
     return fire(from_rows(h, layout)[0], surrogate, alpha, x.dtype, smooth), from_rows(rows, layout)
@@ -218,7 +223,7 @@ def new_queue(x: Tensor, k: int) -> Tensor:
     return from_rows(row.new_zeros(k, row.shape[1]), layout)
 
 
-def _push(x: Tensor, queue: Tensor) -> tuple[Tensor, Layout]:
+def push(x: Tensor, queue: Tensor) -> tuple[Tensor, Layout]:
     """x [...] behind queue [k, ...], the oldest dropped: rows [k, M] in the memory order of x, and the way back."""
     row, layout = to_rows(x.unsqueeze(0))
     past = queue.permute(layout.time_first).reshape(queue.shape[0], -1)

@@ -39,14 +39,14 @@ def use_backend(name: str) -> None:
     _forced = name
 
 
-def choose(device: torch.device) -> str:
-    """The backend for tensors of a device: the forced one, else plain PyTorch.
+def choose(device: torch.device, own: str | None = None) -> str:
+    """The backend for tensors of a device: a neuron's own, else the forced one, else plain PyTorch.
 
     Raises:
         ValueError: triton is forced, and there is nothing that it could run on.
     """
-    if _forced != "auto":
-        name = _forced
+    name = own or _forced
+    if name != "auto":
         if name == "triton" and device.type == "cpu" and not _INTERPRETED:
             raise ValueError(
                 "precision.kernels: got 'triton' and a CPU, where Triton has only its interpreter, for tests; take "

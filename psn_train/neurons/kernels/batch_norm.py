@@ -21,12 +21,12 @@ BatchNorm = nn.modules.batchnorm._BatchNorm
 Again = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 
 
-def joins(norm: nn.Module, device: torch.device) -> bool:
+def joins(norm: nn.Module, device: torch.device, backend: str | None = None) -> bool:
     """Whether this layer is computed together with the neuron behind it.
 
     Not where somebody asks for what is between, nor in plain PyTorch, whose own batch norm is faster on the CPU.
     """
-    if backends.choose(device) == "reference":
+    if backends.choose(device, backend) == "reference":
         return False
     known = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
     return known and not norm._forward_hooks and not norm._forward_pre_hooks and not wants_the_law()
@@ -43,6 +43,7 @@ def norm_psn_sequence(
     static_steps: int | None = None,
     add: Tensor | None = None,
     again: Again | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Spikes [T, N, C, ...] of the neuron behind the batch norm, in y's dtype and layout, plus `add` of their shape.
 
@@ -52,6 +53,7 @@ def norm_psn_sequence(
         weight, bias, band: see `operators.psn`.
         static_steps: T, where y_seq [N, C, ...] is the same at each step.
         again: y is not kept for the backward pass, but made again: a function, and the tensors that it takes.
+        backend: of this layer, whatever is chosen for all.
 
     Raises:
         ValueError: statistics are to be taken over a single value a channel.
@@ -60,7 +62,7 @@ def norm_psn_sequence(
         weight, bias, band = static_weight(y_seq, static_steps, weight), bias.expand(static_steps), 0
         y_seq = y_seq.unsqueeze(0)
     y, channels_last = _as_blocks(y_seq)
-    backend = backends.choose(y.device)
+    backend = backends.choose(y.device, backend)
     dtype = compute_dtype(y, weight)
     group, count = None, y.numel() // y.shape[2]
     batch_statistics = norm.training or not norm.track_running_stats

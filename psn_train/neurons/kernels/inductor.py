@@ -82,17 +82,21 @@ def _products(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, 
 def terms(x: Tensor, weight: Tensor, band: int) -> Taps | None:
     """The products that h[t] is the sum of, none outside the band; None where they are too many."""
     k = weight.shape[0] if weight.ndim == 1 else band
-    taps = _terms(plain.steps_out(x, weight), x.shape[0], k, weight.ndim == 1)
+    # torch looks through a cache, and warns of it
+    make = _terms if torch.compiler.is_compiling() else _known_terms
+    taps = make(plain.steps_out(x, weight), x.shape[0], k, weight.ndim == 1)
     return taps if sum(map(len, taps)) <= _MOST_TERMS else None
 
 
-@functools.cache
 def _terms(T: int, J: int, k: int, shared: bool) -> Taps:
     def place(t: int, j: int) -> int:
         return k - 1 - (t - j) if shared else t * J + j
 
     steps = [range(max(0, t - k + 1), t + 1) if k else range(J) for t in range(T)]
     return tuple(tuple((j, place(t, j)) for j in inputs) for t, inputs in enumerate(steps))
+
+
+_known_terms = functools.cache(_terms)
 
 
 def potential(x: list[Tensor], taps: Taps, weight: Tensor, bias: Tensor) -> list[Tensor]:
