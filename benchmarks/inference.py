@@ -18,45 +18,15 @@ from functools import partial
 import side_by_side
 import timm
 import torch
+from networks import DTYPES, our_network, photographs, repeated, their_network
 from torch import Tensor, nn
 
-# from the tests; side_by_side has told where they are
-import foreign_networks as foreign  # isort: skip
-
 from psn_train.models.inference import prepare
-from psn_train.neurons import Neuron
-from psn_train.publish.spikingjelly import NEURON_CLASSES, spikingjelly_state
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STREAMED = ("masked_psn", "sliding_psn")
 # of the logits' own spread, the root mean square that a type's rounding moves them by: random weights are the worst
 # case, since every spike that flips goes on to flip others
 MOST = {"fp32": 0.2, "bf16": 0.8}
-
-
-def our_network(neuron: str, x: Tensor, T: int, k: int) -> nn.Module:
-    """Random weights that fire in every layer; batch norm statistics of the photographs."""
-    torch.manual_seed(0)
-    orders = {"k": k} if neuron != "psn" else {}
-    network = timm.create_model(f"sew_resnet18_{neuron}", T=T, stem_pool="max", num_classes=1000, **orders)
-    foreign.wake(network, x, Neuron)
-    return network.eval()
-
-
-def their_network(ours: nn.Module, neuron: str, T: int, k: int, mode: str) -> nn.Module:
-    """SpikingJelly's, of the same weights; mode "m": [T, N, 3, H, W] -> [T, N, K], "s": one frame."""
-    from spikingjelly.activation_based import functional, surrogate
-    from spikingjelly.activation_based import neuron as kinds
-    from spikingjelly.activation_based.model import sew_resnet
-
-    arguments = {"psn": {"T": T}, "masked_psn": {"T": T, "k": k, "lambda_init": 1.0}, "sliding_psn": {"k": k}}[neuron]
-    kind = getattr(kinds, NEURON_CLASSES[neuron])
-    network = sew_resnet.sew_resnet18(
-        cnf="ADD", num_classes=1000, spiking_neuron=kind, surrogate_function=surrogate.ATan(), **arguments
-    )
-    functional.set_step_mode(network, mode)
-    network.load_state_dict(spikingjelly_state(ours, "the benchmark's network")[0])
-    return network.eval()
 
 
 def distance(logits: Tensor, truth: Tensor) -> float:
@@ -75,10 +45,6 @@ def check_in_float64(ours: nn.Module, theirs: nn.Module, x: Tensor) -> Tensor:
         if not torch.allclose(logits, truth, atol=1e-6, rtol=1e-6) or not truth.std() > 1e-3:
             side_by_side.refuse(f"in float64 the logits of {name} are not those of the network")
     return truth
-
-
-def repeated(x: Tensor, T: int) -> Tensor:
-    return x.unsqueeze(0).expand(T, *x.shape)
 
 
 class Ways:
@@ -124,8 +90,8 @@ class Ways:
 
 def images(comparison: side_by_side.Comparison, options, x: Tensor) -> None:
     """Whole networks: a table for each type and batch."""
-    ours = our_network("psn", x, options.T, options.k)
-    theirs = their_network(ours, "psn", options.T, options.k, "m")
+    ours = our_network("sew_resnet18_psn", x, options.T).eval()
+    theirs = their_network(ours, "m").eval()
     truth = check_in_float64(ours, theirs, x[:4])
     comparison.say(f"float64: the logits of all sides agree on {len(x[:4])} photographs of {options.side} px")
     for dtype in options.dtype:
@@ -170,8 +136,8 @@ def their_step_by_step(network: nn.Module, sequence: Tensor) -> Tensor:
 def frames(comparison: side_by_side.Comparison, options, x: Tensor) -> None:
     """Frame by frame, batch 1: time of a frame, over sequences of T."""
     for neuron in STREAMED:
-        ours = our_network(neuron, x, options.T, options.k)
-        theirs = their_network(ours, neuron, options.T, options.k, "s")
+        ours = our_network(f"sew_resnet18_{neuron}", x, options.T, options.k).eval()
+        theirs = their_network(ours, "s").eval()
         sequence = x[torch.arange(options.T) % len(x)].unsqueeze(1)
         exact = copy.deepcopy(ours).double()
         with torch.no_grad():
@@ -219,7 +185,7 @@ def main() -> None:
     side_by_side.add_options(parser)
     options = parser.parse_args()
     comparison = side_by_side.Comparison("inference", options, ("spikingjelly", "timm"))
-    x = foreign.photographs(16, options.side)
+    x = photographs(16, options.side)
     for part in (images, frames):
         if options.only in (None, part.__name__):
             part(comparison, options, x)
