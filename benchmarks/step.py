@@ -1,5 +1,5 @@
-"""The training step, forward and backward, of SEW-ResNets with PSN: side by side with SpikingJelly's of the same weights,
-and with timm's ResNet at batch T * N, whose convolutions are the same. Ours over timm's is the tax of spiking.
+"""The training step, forward and backward, of SEW-ResNets with PSN: side by side with SpikingJelly's of the same
+weights, and with timm's ResNet at batch T * N, whose convolutions are the same. Ours over timm's: the tax of spiking.
 
     python benchmarks/step.py [--depth 18 34 50] [--dtype fp32 bf16] [--batch 2] [--compile] [--out DIR]
 
