@@ -28,6 +28,7 @@ from psn_train.data import decoders
 from psn_train.data.ahead import FetchAhead, Need, lag_of, shard_needs
 from psn_train.data.event_stream import EventSamples
 from psn_train.data.frames.batched import PackedEvents
+from psn_train.data.handover import HandoverLoader, handover_here
 from psn_train.data.images import (
     BadSample,
     decode_image,
@@ -47,6 +48,8 @@ from psn_train.recipe import Plan, Recipe
 
 # items that a decoding process has before it
 PREFETCH = 4
+# batches of an update that a loader has shared memory for
+MOST_HELD = 8
 
 
 @dataclass
@@ -135,7 +138,10 @@ class ShardStream(Dataset):
     """What streams share: shards of URLs are fetched ahead, by the first of the processes that read a stream."""
 
     reader: SampleReader
+    samples: ImageSamples | EventSamples
+    batch_size: int  # the largest of an item
     claims: bool
+    held = 0  # items that are kept beside the current one
     _ahead: FetchAhead | None = None
 
     def needs(self, item: int) -> Iterator[list[Need]]:
@@ -170,6 +176,9 @@ class TrainStream(ShardStream):
         self.recipe, self.plan, self.reader, self.rank = recipe, plan, reader, rank
         self.shard_sizes = tuple(shard.num_samples for shard in reader.index.shards)
         self.samples = open_samples(recipe, reader, training=True)
+        self.batch_size = plan.micro_batch_size
+        # an update keeps its batches to its end
+        self.held = min(plan.grad_accum_steps - 1, MOST_HELD)
 
     def __len__(self) -> int:
         return self.plan.total_steps * self.plan.grad_accum_steps
@@ -313,9 +322,9 @@ def _start_worker(progress: str | None, worker: int) -> None:
 
 
 def make_loader(
-    stream: Dataset, *, start: int, stop: int, workers: int, pin_memory: bool, keep_workers: bool = False
-) -> DataLoader:
-    """Items start to stop - 1 of a stream, in order, prepared by `workers` processes.
+    stream: ShardStream, *, start: int, stop: int, workers: int, pin_memory: bool, keep_workers: bool = False
+) -> DataLoader | HandoverLoader:
+    """Items start to stop - 1 of a stream, in order, prepared by `workers` processes; images come in shared memory.
 
     Args:
         keep_workers: the processes outlive an iteration, for a loader that is gone through again and again.
@@ -324,16 +333,17 @@ def make_loader(
         decoders.start_server()
     # said at each start of more processes than cores, which do no harm
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-    return DataLoader(
-        stream,
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-        pin_memory=pin_memory,
-        persistent_workers=keep_workers and workers > 0,
-        worker_init_fn=functools.partial(_start_worker, progress_place()),
-        multiprocessing_context=decoders.METHOD if workers else None,
+    items = range(start, stop)
+    arguments = {
+        "prefetch_factor": PREFETCH if workers else None,
+        "persistent_workers": keep_workers and workers > 0,
+        "worker_init_fn": functools.partial(_start_worker, progress_place()),
+        "multiprocessing_context": decoders.METHOD if workers else None,
         # else every start of a loader would draw from the global generator, and a resumed run would go on otherwise
-        generator=torch.Generator(),
-    )
+        "generator": torch.Generator(),
+    }
+    if workers and items and isinstance(stream.samples, ImageSamples) and handover_here():
+        return HandoverLoader(
+            stream, items=items, workers=workers, pin_memory=pin_memory, held=stream.held, **arguments
+        )
+    return DataLoader(stream, batch_size=None, sampler=items, num_workers=workers, pin_memory=pin_memory, **arguments)
