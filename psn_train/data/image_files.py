@@ -91,7 +91,8 @@ def prepare_image(data: bytes, max_side: int | None = None, quality: int = 90) -
 
     JPEG, PNG and WebP stay as they are, whatever they are called; other formats become PNG, which loses nothing but
     further frames. With `max_side` (pixels) an image whose longer side exceeds it is made that small and written as
-    JPEG with restart markers; as everywhere here, EXIF orientation is not applied, because the usual loaders do not apply it either.
+    JPEG with restart markers; as everywhere here, EXIF orientation is not applied, because the usual loaders do not
+    apply it either.
 
     Raises:
         BadImage: the header is not an image's, or an image that has to be decoded cannot be.

@@ -6,8 +6,8 @@ Three ways, each of which gives the pixels that decoding the whole file gives, b
 - Where the file has restart markers (`psn shards images --max-side` writes them), nothing outside the part is decoded:
   a restart interval stands for itself (ITU-T T.81, E.1.4 and F.1.1.5.1), so those of the part, numbered anew behind a
   header of the part's size, are a JPEG file of their own.
-- A part of at least twice the pixels that are wanted is decoded at 1/2, 1/4 or 1/8, by the inverse DCT of fewer
-  coefficients.
+- A part of three times the height and width that are wanted, or more, is decoded at 1/2, 1/4 or 1/8, by the inverse DCT
+  of fewer coefficients.
 
 What is not a plain baseline or progressive JPEG of 8 bits, grey or with three components, is left to Pillow, and so is
 every file of which libjpeg-turbo says that it is broken: `read_header` and `decode_part` return None. A file that ends
@@ -111,12 +111,12 @@ def _header(frame: tuple[int, int, bytes] | None, interval: int, scan: bytes, st
 
 
 def scale_of(height: int, width: int, least: tuple[int, int]) -> int:
-    """The largest of 1, 2, 4, 8 at which a part of `height` x `width` pixels still has 5/4 of the `least`.
+    """The largest of 1, 2, 4, 8 at which a part of `height` x `width` pixels still has 3/2 of the `least`.
 
-    Between 1 and 5/4 the inverse DCT, which cuts sharply where a resize fades, would be seen in the result: by up to 4
+    Between 1 and 3/2 the inverse DCT, which cuts sharply where a resize fades, would be seen in the result: by up to 4
     of 255 on average in one photograph of a hundred, where all are below 1 so.
     """
-    return max(f for f in (1, 2, 4, 8) if f == 1 or (4 * height >= 5 * f * least[0] and 4 * width >= 5 * f * least[1]))
+    return max(f for f in (1, 2, 4, 8) if f == 1 or (2 * height >= 3 * f * least[0] and 2 * width >= 3 * f * least[1]))
 
 
 def decode_part(

@@ -5,7 +5,11 @@ No more of a file is decoded than its box needs (`jpeg`), and torch's vectorised
 as Pillow's are. Flips that follow the crop at once are left to the device; a policy or colour jitter works on Pillow
 images as ever. Images that `jpeg` does not take go the Pillow path, with its errors.
 
-PARITY
+Parity with timm's transform, in mean absolute difference on the scale of 0 to 255, as tests/test_turbo.py holds it on
+photographs of ImageNet: below 0.1 in any image without DCT scaling (the resizers round otherwise; the decoded pixels
+are the same, bit by bit). With it, of photographs at least three times as large as wanted, below 1 in any image of the
+evaluation and mostly below 2 in a training crop, whose box moves by up to half a pixel of the smaller picture; on
+average over the photographs 0.03 in both.
 """
 
 from __future__ import annotations
