@@ -58,7 +58,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, default=4, help="of photographs a round")
     parser.add_argument("--batch-size", type=int, default=60)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of the rows that have some")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="of the rows that have some; 0: no such rows"
+    )
     parser.add_argument("--node-gpus", type=int, default=8, help="of the node whose need is computed")
     parser.add_argument("--gpu-rate", type=float, default=1000.0, help="images/s that one of them trains")
     parser.add_argument("--out", type=Path, help="folder for loader.json and loader.png")
@@ -161,11 +163,7 @@ def photograph_jobs(options, tree: Path, shards: Path, small: Path) -> dict[str,
         "psn_train": one(repeated(train_stream(turbo))),
         "floor: entropy decoding of whole files": (cpu(floor, images), images),
     }
-    together = {
-        f"timm, {workers} processes": (wall(forever(timm_loader(tree, batch, True, workers)), count), images),
-        f"psn_train, {workers} processes": (wall(worker_loader(train_stream(turbo), workers), count), images),
-    }
-    return {
+    found = {
         "training, one core": train,
         "training, shards of --max-side 400, one core": {
             "timm": timms,
@@ -175,8 +173,13 @@ def photograph_jobs(options, tree: Path, shards: Path, small: Path) -> dict[str,
             "timm": one(forever(timm_loader(tree, batch, False, 0))),
             "psn_train": one(repeated(eval_stream(turbo))),
         },
-        f"training, {workers} processes, wall clock": together,
     }
+    if workers:
+        found[f"training, {workers} processes, wall clock"] = {
+            "timm": (wall(forever(timm_loader(tree, batch, True, workers)), count), images),
+            "psn_train": (wall(worker_loader(train_stream(turbo), workers), count), images),
+        }
+    return found
 
 
 def cifar_jobs(options, shards: Path) -> dict[str, dict[str, tuple[Callable, int]]]:
@@ -193,12 +196,12 @@ def cifar_jobs(options, shards: Path) -> dict[str, dict[str, tuple[Callable, int
             "psn_train, decoded each time": (cpu(ours, few), few * batch),
             "psn_train, resident": (cpu(resident, many), many * batch),
         }
-    name = f"CIFAR, crop and flip, {options.workers} processes, wall clock"
-    peer = cifar_torchvision(options.cifar, options.cifar_images, batch, False, options.workers)
-    found[name] = {
-        "torchvision": (wall(peer, 2 * few), 2 * few * batch),
-        "psn_train, resident, one thread": (wall(cifar_resident(shards, batch, False)[1], 200), 200 * batch),
-    }
+    if options.workers:
+        peer = cifar_torchvision(options.cifar, options.cifar_images, batch, False, options.workers)
+        found[f"CIFAR, crop and flip, {options.workers} processes, wall clock"] = {
+            "torchvision": (wall(peer, 2 * few), 2 * few * batch),
+            "psn_train, resident, one thread": (wall(cifar_resident(shards, batch, False)[1], 200), 200 * batch),
+        }
     return found
 
 

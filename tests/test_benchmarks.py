@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, SHARED
 
 RECORDINGS = SHARED / "events" / "aedat2_dvs128"
+PHOTOGRAPHS = SHARED / "imagenet_originals"
 needs_recordings = pytest.mark.skipif(not RECORDINGS.is_dir(), reason=f"no DVS128 recordings at {RECORDINGS}")
 
 
@@ -50,3 +51,20 @@ def test_the_standin_is_laid_out_as_cifar10_dvs(tmp_path):
             for member in archive.namelist():
                 recording = parse_recording(archive.read(member), "dvs128")
                 assert 250 < len(recording) < 750 and not recording.repairs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason=f"no photographs at {PHOTOGRAPHS}")
+def test_the_loader_beside_its_peers(tmp_path):
+    pytest.importorskip("matplotlib")
+    few = tmp_path / "photographs"
+    few.mkdir()
+    for path in sorted(PHOTOGRAPHS.glob("*.JPEG"))[:8]:
+        (few / path.name).symlink_to(path)
+    arguments = ("--rounds", 1, "--batches", 1, "--batch-size", 4, "--workers", 1, "--out", tmp_path / "out")
+    out = run("loader.py", few, *arguments)
+    result = json.loads(out.splitlines()[-1])
+    assert result == json.loads((tmp_path / "out" / "loader.json").read_text())
+    assert result["parity"]["evaluation_largest"] < 1 and len(result["comparisons"]) == 4
+    assert all("timm" in rows and "psn_train" in rows for rows in result["comparisons"].values())
+    assert (tmp_path / "out" / "loader.png").read_bytes()[:4] == b"\x89PNG"
