@@ -168,6 +168,8 @@ def draw_bars(report: dict, path: Path) -> None:
         axes.set_title(title, fontsize=9)
         axes.tick_params(labelsize=8)
         axes.invert_yaxis()
+    for axes in figure.axes[len(groups) :]:
+        axes.remove()
     figure.supxlabel("images/s; bars end at the median, whiskers at the quartiles", fontsize=8)
     figure.savefig(path, dpi=120)
 

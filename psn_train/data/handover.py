@@ -37,7 +37,7 @@ class _Written:
     """Images in a slot, in place of the tensor."""
 
     slot: int
-    shape: tuple[int, int, int, int]  # N, H, W, C
+    shape: tuple[int, int, int, int]  # N, C, H, W
 
 
 class Slots:
@@ -95,7 +95,7 @@ class Slots:
         array = self.memory(written.slot)[:size].reshape(written.shape)
         # torch keeps this very array as long as the storage lives
         weakref.finalize(array, self.give_back, written.slot).atexit = False
-        return torch.from_numpy(array).permute(0, 3, 1, 2)
+        return torch.from_numpy(array)
 
 
 class _Places(Sampler):
@@ -130,8 +130,7 @@ class _Laid(Dataset):
         batch.targets = batch.targets.numpy()
         batch.flips = None if batch.flips is None else batch.flips.numpy()
         if slot is not None:
-            count, channels, height, width = batch.inputs.shape
-            batch.inputs = _Written(slot, (count, height, width, channels))
+            batch.inputs = _Written(slot, tuple(batch.inputs.shape))
         return batch
 
 

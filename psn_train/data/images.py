@@ -63,7 +63,7 @@ def decode_label(sample: dict, num_classes: int, places: dict[str, int] | None =
 
 
 def _to_array(image: Image.Image) -> np.ndarray:
-    """uint8 [C, H, W], a view of what lies in memory as [H, W, C]: batches are in channels_last."""
+    """uint8 [C, H, W], a view of [H, W, C]: it is copied once, into its batch."""
     array = np.array(image)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 

@@ -105,22 +105,21 @@ class ImageSamples:
         return np.zeros((self.recipe.model.in_chans, side, side), dtype=np.uint8)
 
     def stack(self, images: list[np.ndarray | Unflipped], memory: np.ndarray | None = None) -> torch.Tensor:
-        """uint8 [N, C, H, W] in channels_last.
+        """uint8 [N, C, H, W].
 
         Args:
             memory: where they are to lie, uint8 [bytes]; by default in memory of their own. Images that have no room
                 there, which no recipe's have, have memory of their own, too.
         """
         images = [image.pixels if isinstance(image, Unflipped) else image for image in images]
-        channels, height, width = images[0].shape
-        shape = len(images), height, width, channels
+        shape = len(images), *images[0].shape
         size = math.prod(shape)
         if memory is None or len(memory) < size:
             memory = np.empty(size, np.uint8)
         stacked = memory[:size].reshape(shape)
         for place, image in zip(stacked, images, strict=True):
-            place[...] = image.transpose(1, 2, 0)
-        return torch.from_numpy(stacked).permute(0, 3, 1, 2)
+            place[...] = image
+        return torch.from_numpy(stacked)
 
     def flips(self, images: list[np.ndarray | Unflipped]) -> torch.Tensor | None:
         """Which of these the device is to flip, bool [2, N]; None: none of them."""

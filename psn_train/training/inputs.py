@@ -37,7 +37,7 @@ class ImageInputs:
         return self.normalize(images), None
 
     def lay_out(self, images: torch.Tensor, channels_last: bool) -> torch.Tensor:
-        """The same images in the recipe's layout; loaders have them in channels_last."""
+        """The same images in the recipe's layout."""
         return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
