@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, SHARED
 
 RECORDINGS = SHARED / "events" / "aedat2_dvs128"
+PHOTOGRAPHS = SHARED / "imagenet_originals"
 needs_recordings = pytest.mark.skipif(not RECORDINGS.is_dir(), reason=f"no DVS128 recordings at {RECORDINGS}")
 
 
@@ -53,20 +54,21 @@ def test_the_standin_is_laid_out_as_cifar10_dvs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("script", "arguments"),
+    ("script", "arguments", "groups"),
     [
-        ("inference.py", ("--batch", 1, "--dtype", "fp32", "--side", 64, "--no-compile")),
-        ("neuron.py", ("--T", 2, "--N", 64, "--no-compile")),
+        ("inference.py", ("--batch", 1, "--dtype", "fp32", "--side", 64, "--no-compile"), 3),
+        ("neuron.py", ("--T", 2, "--N", 64, "--no-compile"), 3),
+        pytest.param("step.py", ("--T", 2, "--dtype", "fp32", "--side", 64), 1, marks=pytest.mark.long),
     ],
 )
-def test_beside_spikingjelly(script, arguments, tmp_path, shared_data):
+def test_beside_spikingjelly(script, arguments, groups, tmp_path, shared_data):
     pytest.importorskip("spikingjelly")
     out = run(script, *arguments, "--device", "cpu", "--repeats", 1, "--seconds", 1, "--out", tmp_path)
     result = json.loads(out.splitlines()[-1])
     (name,) = {path.stem for path in tmp_path.iterdir()}
     assert result == json.loads((tmp_path / f"{name}.json").read_text()) and script == f"{name}.py"
     assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert len(result["groups"]) == 3
+    assert len(result["groups"]) == groups
     for group in result["groups"]:
         assert any(job.startswith("psn_train") for job in group["jobs"])
         assert any(job.startswith("SpikingJelly") for job in group["jobs"])
@@ -84,3 +86,20 @@ def test_what_differs_gets_no_figure(monkeypatch):
 
     with pytest.raises(SystemExit, match=r"psn at T=4: spikes of SpikingJelly is off .* no figure is printed"):
         neuron.check("psn", 4, 2, ["reference"], torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason=f"no photographs at {PHOTOGRAPHS}")
+def test_the_loader_beside_its_peers(tmp_path):
+    pytest.importorskip("matplotlib")
+    few = tmp_path / "photographs"
+    few.mkdir()
+    for path in sorted(PHOTOGRAPHS.glob("*.JPEG"))[:8]:
+        (few / path.name).symlink_to(path)
+    arguments = ("--rounds", 1, "--batches", 1, "--batch-size", 4, "--workers", 1, "--out", tmp_path / "out")
+    out = run("loader.py", few, *arguments)
+    result = json.loads(out.splitlines()[-1])
+    assert result == json.loads((tmp_path / "out" / "loader.json").read_text())
+    assert result["parity"]["evaluation_largest"] < 1 and len(result["comparisons"]) == 4
+    assert all("timm" in rows and "psn_train" in rows for rows in result["comparisons"].values())
+    assert (tmp_path / "out" / "loader.png").read_bytes()[:4] == b"\x89PNG"

@@ -39,7 +39,7 @@ FRONT = {
 ROOT_IMPORTS = {"models"}
 # a recipe's mistakes are reported, and shards written, without torch; these decode into tensors
 WITH_TORCH = {
-    *("data.images", "data.stream", "data.batched_augment", "data.resident"),
+    *("data.images", "data.turbo", "data.stream", "data.handover", "data.batched_augment", "data.resident"),
     *("data.frames.batched", "data.frames.augment", "data.event_stream"),
 }
 

@@ -57,6 +57,9 @@ class EventSamples:
         """What stands in the place of a sample that cannot be evaluated: no events."""
         return Recording(np.zeros(0, EVENT_DTYPE), self.sensor)
 
-    def stack(self, recordings: list[Recording | FlatRecording]) -> PackedEvents:
-        """One after the other, with their times where frames need them."""
+    def stack(self, recordings: list[Recording | FlatRecording], memory: None = None) -> PackedEvents:
+        """One after the other, with their times where frames need them; always in memory of their own."""
         return PackedEvents.pack(recordings, self.sensor, with_time=self.recipe.events.frames != "number")
+
+    def flips(self, recordings: list[Recording | FlatRecording]) -> None:
+        """The device augments frames, and draws the flips itself."""

@@ -1,4 +1,4 @@
-"""JPEG bytes -> uint8 tensors: decoding and augmentation.
+"""Image files -> uint8 tensors through Pillow: decoding and augmentation. `turbo` does it for most JPEG files.
 
 Workers deliver uint8 [C, H, W]; `Normalizer` runs on the device. A training image's augmentation is drawn from (seed,
 epoch, sample id), so it is the same whichever process decodes it.
@@ -63,8 +63,9 @@ def decode_label(sample: dict, num_classes: int, places: dict[str, int] | None =
 
 
 def _to_array(image: Image.Image) -> np.ndarray:
+    """uint8 [C, H, W], a view of [H, W, C]: it is copied once, into its batch."""
     array = np.array(image)
-    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def train_transform(recipe: Recipe) -> Callable[[Image.Image], np.ndarray]:
@@ -148,14 +149,19 @@ class _FitSquare:
         return image if image.size == (self.size, self.size) else self.resize(image)
 
 
+def seed_words(*entropy: int) -> list[int]:
+    """The seeds that `seeded` gives to Python's, NumPy's and PyTorch's generators."""
+    return np.random.SeedSequence(entropy).generate_state(3).tolist()
+
+
 @contextlib.contextmanager
 def seeded(*entropy: int):
     """Inside, Python's, NumPy's and PyTorch's CPU generators start from `entropy`; afterwards they are as before."""
-    words = np.random.SeedSequence(entropy).generate_state(3)
+    words = seed_words(*entropy)
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(int(words[0]))
-    np.random.seed(int(words[1]))
-    torch.default_generator.manual_seed(int(words[2]))
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(words[2])
     try:
         yield
     finally:

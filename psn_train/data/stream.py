@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import faulthandler
 import functools
+import math
 import signal
 import warnings
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from psn_train.data import decoders
 from psn_train.data.ahead import FetchAhead, Need, lag_of, shard_needs
 from psn_train.data.event_stream import EventSamples
 from psn_train.data.frames.batched import PackedEvents
+from psn_train.data.handover import HandoverLoader, handover_here
 from psn_train.data.images import (
     BadSample,
     decode_image,
@@ -41,10 +43,13 @@ from psn_train.data.order import stream_positions
 from psn_train.data.progress import adopt_progress, progress_place
 from psn_train.data.reader import SampleReader
 from psn_train.data.sources.source import named_error
+from psn_train.data.turbo import Unflipped, jpeg_of, open_turbo
 from psn_train.recipe import Plan, Recipe
 
 # items that a decoding process has before it
 PREFETCH = 4
+# batches of an update that a loader has shared memory for
+MOST_HELD = 8
 
 
 @dataclass
@@ -57,10 +62,12 @@ class Batch:
     epochs: np.ndarray  # int64 [N]
     keys: list[str] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)  # "shard.tar[17]: why", one for each sample that could not be read
+    flips: torch.Tensor | None = None  # bool [2, N]: images still to be flipped horizontally, vertically; None: done
 
     def pin_memory(self) -> Batch:
         self.inputs = self.inputs.pin_memory()
         self.targets = self.targets.pin_memory()
+        self.flips = None if self.flips is None else self.flips.pin_memory()
         return self
 
 
@@ -73,8 +80,9 @@ class ImageSamples:
     def __init__(self, recipe: Recipe, reader: SampleReader, training: bool):
         self.recipe, self.reader, self.training = recipe, reader, training
         self.transform = train_transform(recipe) if training else eval_transform(recipe)
+        self.turbo = open_turbo(recipe, training)
 
-    def read(self, sample_id: int, epoch: int) -> tuple[np.ndarray, int, str]:
+    def read(self, sample_id: int, epoch: int) -> tuple[np.ndarray | Unflipped, int, str]:
         """(uint8 [C, H, W], class, key) of a sample; in training augmented by (seed, epoch, sample id).
 
         Raises:
@@ -82,8 +90,13 @@ class ImageSamples:
         """
         sample = self.reader.read(sample_id)
         label = decode_label(sample, len(self.reader.index.classes), self.reader.places)
-        with seeded(self.recipe.seed, epoch, sample_id) if self.training else contextlib.nullcontext():
-            image = self.transform(decode_image(sample, self.recipe.model.in_chans))
+        entropy = self.recipe.seed, epoch, sample_id
+        image = None
+        if self.turbo is not None and (data := jpeg_of(sample)) is not None:
+            image = self.turbo(data, entropy)
+        if image is None:
+            with seeded(*entropy) if self.training else contextlib.nullcontext():
+                image = self.transform(decode_image(sample, self.recipe.model.in_chans))
         return image, label, sample["__key__"]
 
     def blank(self) -> np.ndarray:
@@ -91,9 +104,27 @@ class ImageSamples:
         side = self.recipe.data.image_size
         return np.zeros((self.recipe.model.in_chans, side, side), dtype=np.uint8)
 
-    def stack(self, images: list[np.ndarray]) -> torch.Tensor:
-        """uint8 [N, C, H, W]."""
-        return torch.from_numpy(np.stack(images))
+    def stack(self, images: list[np.ndarray | Unflipped], memory: np.ndarray | None = None) -> torch.Tensor:
+        """uint8 [N, C, H, W].
+
+        Args:
+            memory: where they are to lie, uint8 [bytes]; by default in memory of their own. Images that have no room
+                there, which no recipe's have, have memory of their own, too.
+        """
+        images = [image.pixels if isinstance(image, Unflipped) else image for image in images]
+        shape = len(images), *images[0].shape
+        size = math.prod(shape)
+        if memory is None or len(memory) < size:
+            memory = np.empty(size, np.uint8)
+        stacked = memory[:size].reshape(shape)
+        for place, image in zip(stacked, images, strict=True):
+            place[...] = image
+        return torch.from_numpy(stacked)
+
+    def flips(self, images: list[np.ndarray | Unflipped]) -> torch.Tensor | None:
+        """Which of these the device is to flip, bool [2, N]; None: none of them."""
+        turned = [(i.hflip, i.vflip) if isinstance(i, Unflipped) else (False, False) for i in images]
+        return torch.tensor(turned).T.contiguous() if any(map(any, turned)) else None
 
 
 def open_samples(recipe: Recipe, reader: SampleReader, *, training: bool) -> ImageSamples | EventSamples:
@@ -106,7 +137,10 @@ class ShardStream(Dataset):
     """What streams share: shards of URLs are fetched ahead, by the first of the processes that read a stream."""
 
     reader: SampleReader
+    samples: ImageSamples | EventSamples
+    batch_size: int  # the largest of an item
     claims: bool
+    held = 0  # items that are kept beside the current one
     _ahead: FetchAhead | None = None
 
     def needs(self, item: int) -> Iterator[list[Need]]:
@@ -141,6 +175,9 @@ class TrainStream(ShardStream):
         self.recipe, self.plan, self.reader, self.rank = recipe, plan, reader, rank
         self.shard_sizes = tuple(shard.num_samples for shard in reader.index.shards)
         self.samples = open_samples(recipe, reader, training=True)
+        self.batch_size = plan.micro_batch_size
+        # an update keeps its batches to its end
+        self.held = min(plan.grad_accum_steps - 1, MOST_HELD)
 
     def __len__(self) -> int:
         return self.plan.total_steps * self.plan.grad_accum_steps
@@ -178,6 +215,10 @@ class TrainStream(ShardStream):
             item = stop * steps
 
     def __getitem__(self, micro_step: int) -> Batch:
+        return self.read(micro_step)
+
+    def read(self, micro_step: int, memory: np.ndarray | None = None) -> Batch:
+        """The item, with its images in `memory`, uint8 [bytes], if that is given."""
         self.look_ahead(micro_step)
         epochs, ids = self.positions(micro_step)
         samples, targets, keys, bad = [], [], [], []
@@ -197,7 +238,8 @@ class TrainStream(ShardStream):
             if sample is None:
                 stand_in = next((g for g in good if g > i), good[0])
                 samples[i], targets[i], keys[i] = samples[stand_in], targets[stand_in], keys[stand_in]
-        return Batch(self.samples.stack(samples), torch.tensor(targets), ids, epochs, keys, bad)
+        inputs = self.samples.stack(samples, memory)
+        return Batch(inputs, torch.tensor(targets), ids, epochs, keys, bad, self.samples.flips(samples))
 
 
 class EvalStream(ShardStream):
@@ -245,6 +287,10 @@ class EvalStream(ShardStream):
         yield shard_needs(self.reader, [self.ids_of(number) for number in range(item, len(self))], item)
 
     def __getitem__(self, item: int) -> Batch:
+        return self.read(item)
+
+    def read(self, item: int, memory: np.ndarray | None = None) -> Batch:
+        """As `TrainStream.read`."""
         self.look_ahead(item)
         ids = self.ids_of(item)
         samples, targets, keys, bad = [], [], [], []
@@ -257,7 +303,7 @@ class EvalStream(ShardStream):
             samples.append(sample)
             targets.append(label)
             keys.append(key)
-        return Batch(self.samples.stack(samples), torch.tensor(targets), ids, np.zeros_like(ids), keys, bad)
+        return Batch(self.samples.stack(samples, memory), torch.tensor(targets), ids, np.zeros_like(ids), keys, bad)
 
 
 def _start_worker(progress: str | None, worker: int) -> None:
@@ -275,9 +321,9 @@ def _start_worker(progress: str | None, worker: int) -> None:
 
 
 def make_loader(
-    stream: Dataset, *, start: int, stop: int, workers: int, pin_memory: bool, keep_workers: bool = False
-) -> DataLoader:
-    """Items start to stop - 1 of a stream, in order, prepared by `workers` processes.
+    stream: ShardStream, *, start: int, stop: int, workers: int, pin_memory: bool, keep_workers: bool = False
+) -> DataLoader | HandoverLoader:
+    """Items start to stop - 1 of a stream, in order, prepared by `workers` processes; images come in shared memory.
 
     Args:
         keep_workers: the processes outlive an iteration, for a loader that is gone through again and again.
@@ -286,16 +332,17 @@ def make_loader(
         decoders.start_server()
     # said at each start of more processes than cores, which do no harm
     warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
-    return DataLoader(
-        stream,
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-        pin_memory=pin_memory,
-        persistent_workers=keep_workers and workers > 0,
-        worker_init_fn=functools.partial(_start_worker, progress_place()),
-        multiprocessing_context=decoders.METHOD if workers else None,
+    items = range(start, stop)
+    arguments = {
+        "prefetch_factor": PREFETCH if workers else None,
+        "persistent_workers": keep_workers and workers > 0,
+        "worker_init_fn": functools.partial(_start_worker, progress_place()),
+        "multiprocessing_context": decoders.METHOD if workers else None,
         # else every start of a loader would draw from the global generator, and a resumed run would go on otherwise
-        generator=torch.Generator(),
-    )
+        "generator": torch.Generator(),
+    }
+    if workers and items and isinstance(stream.samples, ImageSamples) and handover_here():
+        return HandoverLoader(
+            stream, items=items, workers=workers, pin_memory=pin_memory, held=stream.held, **arguments
+        )
+    return DataLoader(stream, batch_size=None, sampler=items, num_workers=workers, pin_memory=pin_memory, **arguments)

@@ -15,7 +15,7 @@ from psn_train.data.fetch import hide_password
 from psn_train.data.index import ShardIndex, load_index
 from psn_train.models.folding import fold_batch_norm
 from psn_train.neurons import get_lambda
-from psn_train.recipe import Recipe
+from psn_train.recipe import Recipe, saved_recipe
 from psn_train.training.build import load_network
 from psn_train.training.checkpoint import CheckpointError, find_checkpoint, last_checkpoint, read_best, read_meta
 from psn_train.training.results import results_of_checkpoint, weights_of
@@ -38,7 +38,7 @@ def load_run(
     """
     path = find_checkpoint(where, prefer)
     meta = read_meta(path)
-    recipe = Recipe.model_validate(meta["recipe"])
+    recipe = saved_recipe(meta["recipe"])
     if weights == "auto":
         weights = weights_of(meta["results"]["best"])
     model, which = load_network(recipe, path, meta["num_classes"], weights)
@@ -64,7 +64,7 @@ def load_timm_folder(where: str | os.PathLike) -> tuple[nn.Module, Recipe, dict]
     own = config.get("psn_train")
     # a converted folder has no recipe
     if own is not None and "recipe" in own:
-        return model, Recipe.model_validate(own["recipe"]), config
+        return model, saved_recipe(own["recipe"]), config
     cfg = config["pretrained_cfg"]
     channels, side, _ = cfg["input_size"]
     if channels not in (1, 2, 3):
@@ -89,7 +89,8 @@ def load_timm_folder(where: str | os.PathLike) -> tuple[nn.Module, Recipe, dict]
             "interpolation": cfg["interpolation"],
             "eval_resize": math.floor(side / cfg["crop_pct"]),
         }
-    return model, Recipe.model_validate(document), config
+    # their figures are of Pillow
+    return model, saved_recipe(document), config
 
 
 def weights_text(where: str | os.PathLike, meta: dict, prefer: str) -> str:

@@ -3,7 +3,7 @@
 from psn_train.recipe.file import RecipeError, check_recipe, load_recipe, parse_yaml
 from psn_train.recipe.packaged import packaged_recipes, recipe_path, recipe_schema
 from psn_train.recipe.rules import Plan, PlanError, held_out_samples, make_plan
-from psn_train.recipe.schema import Recipe, decisive, flatten, recipe_hash
+from psn_train.recipe.schema import Recipe, decisive, flatten, recipe_hash, saved_recipe
 
 __all__ = [
     "Plan",
@@ -21,4 +21,5 @@ __all__ = [
     "recipe_hash",
     "recipe_path",
     "recipe_schema",
+    "saved_recipe",
 ]

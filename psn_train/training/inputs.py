@@ -28,12 +28,17 @@ class ImageInputs:
         self.normalize = Normalizer(recipe.augment.mean, recipe.augment.std, device)
 
     def __call__(self, batch: Batch, training: bool) -> tuple[torch.Tensor, None]:
-        """float32 [N, C, H, W], and no mask; in training the workers have augmented already."""
-        return self.normalize(batch.inputs.to(self.device, non_blocking=True)), None
+        """float32 [N, C, H, W], and no mask; in training the workers have augmented already, but for some flips."""
+        images = batch.inputs.to(self.device, non_blocking=True)
+        if batch.flips is not None:
+            flips = batch.flips.to(self.device, non_blocking=True).view(2, -1, 1, 1, 1)
+            images = torch.where(flips[0], images.flip(-1), images)
+            images = torch.where(flips[1], images.flip(-2), images)
+        return self.normalize(images), None
 
-    def lay_out(self, images: torch.Tensor) -> torch.Tensor:
-        """The same images in channels_last."""
-        return images.contiguous(memory_format=torch.channels_last)
+    def lay_out(self, images: torch.Tensor, channels_last: bool) -> torch.Tensor:
+        """The same images in the recipe's layout."""
+        return images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 class EventInputs:
@@ -59,8 +64,10 @@ class EventInputs:
             frames = augment_frames(frames, draw_events(recipe, batch.epochs, batch.ids))
         return frames, mask
 
-    def lay_out(self, frames: torch.Tensor) -> torch.Tensor:
-        """The same frames with each [C, H, W] in channels_last."""
+    def lay_out(self, frames: torch.Tensor, channels_last: bool) -> torch.Tensor:
+        """The same frames, with each [C, H, W] in channels_last if that is asked for."""
+        if not channels_last:
+            return frames
         return frames.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, frames.shape[:2])
 
 
@@ -78,7 +85,7 @@ class EvalInputs:
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(float32 [N, C, H, W] or [T, N, C, H, W], mask)."""
         x, mask = self.inputs(batch, training=False)
-        return (self.inputs.lay_out(x) if self.channels_last else x), mask
+        return self.inputs.lay_out(x, self.channels_last), mask
 
 
 class TrainInputs:
@@ -135,7 +142,7 @@ class TrainInputs:
                 x = self.erase(x)
             if self.mix is not None:
                 x, targets = self._mix(x, targets)
-        return (self.inputs.lay_out(x) if self.channels_last else x), targets, mask
+        return self.inputs.lay_out(x, self.channels_last), targets, mask
 
     def _mix(self, x: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if x.ndim == 4:

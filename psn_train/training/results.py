@@ -21,7 +21,7 @@ import os
 from pathlib import Path
 
 from psn_train.data.event_index import sensor_of, split_of
-from psn_train.recipe import Plan, Recipe, recipe_hash
+from psn_train.recipe import Plan, Recipe, recipe_hash, saved_recipe
 from psn_train.training.build import Splits
 from psn_train.training.checkpoint import checkpoint_path, is_whole
 from psn_train.training.evaluate import Result
@@ -334,7 +334,7 @@ def results_of_checkpoint(path: Place, meta: dict) -> dict:
     own, step = meta["results"], meta["step"]
     document = read_results(path.resolve().parent.parent) if isinstance(path, Path) else None
     if document is None:
-        document = read_results(Recipe.model_validate(meta["recipe"]).run_path)
+        document = read_results(saved_recipe(meta["recipe"]).run_path)
     if document is not None and document.get("recipe_hash") == meta["recipe_hash"]:
         steps = {"best": (document.get("best") or {}).get("step"), "last": document.get("steps")}
         # the evaluation of this very step is the same in both, or the file is of another run

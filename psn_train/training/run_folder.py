@@ -28,6 +28,8 @@ from psn_train.training.storage import Place, probe, write_text
 # what each host may have of its own: where things are, and how they are read
 _OWN = ("note", "run_dir", "checkpoint.dir", "watch.", "data.train", "data.val", "data.test", "data.workers")
 _OWN += ("data.cache_", "data.fetch_", "data.max_bad_samples")
+# what it means that `decisive` leaves a key out
+_ABSENT = {"data.decoder": "pillow", "precision.kernels": "auto"}
 # a file system of several hosts shows a new file to all of them within this time
 SEEN_WITHIN_S = 60.0
 
@@ -141,13 +143,21 @@ def check_same_recipe(recipe: Recipe, meta: dict) -> None:
     """Raises RunError where a checkpoint was made by a recipe that decides other weights, or in another order."""
     before, now = decisive(meta["recipe"]), decisive(recipe.resolved())
     before["the order of samples"], now["the order of samples"] = meta.get("order", 1), ORDER_VERSION
+
+    def said(values: dict, key: str) -> str:
+        return repr(values.get(key, _ABSENT.get(key, "nothing")))
+
     changed = [
-        f"  {key}: {before.get(key, 'nothing')!r} then, {now.get(key, 'nothing')!r} now"
+        f"  {key}: {said(before, key)} then, {said(now, key)} now"
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key)
     ]
+    decoder = ""
+    if before.get("data.decoder") != now.get("data.decoder"):
+        then = before.get("data.decoder", _ABSENT["data.decoder"])
+        decoder = f" With data.decoder={then} its images are decoded as those that it was begun with."
     if changed and not recipe.checkpoint.accept_changes:
         raise RunError(
             f"{recipe.run_path} holds a run of another recipe:\n" + "\n".join(changed) + "\nTrain in another folder "
-            "(run_dir=...), or go on with the change through checkpoint.accept_changes=true."
+            "(run_dir=...), or go on with the change through checkpoint.accept_changes=true." + decoder
         )

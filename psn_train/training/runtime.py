@@ -107,7 +107,18 @@ def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"psn_train": psn_train.__version__, "python": platform.python_version()}
-    for package in ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy", "pillow"):
+    packages = (
+        "torch",
+        "torchvision",
+        "timm",
+        "accelerate",
+        "deepspeed",
+        "webdataset",
+        "numpy",
+        "pillow",
+        "simplejpeg",
+    )
+    for package in packages:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
