@@ -1,6 +1,7 @@
 # make demo: set up, then shards -> training -> evaluation -> a timm folder on real digits.
 # make test: the same environment, then the tests, but for those that take minutes each.
 # make test-distributed: tests of several processes, hosts, launchers, and a Slurm; those that take minutes, too.
+# make bench: every benchmark beside its peers, half an hour of an idle machine; figures and pictures in benchmarks/results.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,10 @@ STAMP := $(VENV)/.installed
 # Python's compiled files are kept: without them torch alone takes ten seconds to import
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-distributed lint format lock schema clean
+PHOTOGRAPHS ?= $(PSN_SHARED_DATA)/imagenet_originals
+RESULTS ?= benchmarks/results
+
+.PHONY: demo test test-distributed bench lint format lock schema clean
 
 demo: $(STAMP)
 	$(BIN)/psn demo
@@ -23,6 +27,13 @@ test: $(STAMP)
 # one after another: each has a machine's processes of its own
 test-distributed: $(STAMP)
 	$(BIN)/python -m pytest -m "distributed or long"
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/neuron.py --out $(RESULTS)
+	$(BIN)/python benchmarks/step.py --out $(RESULTS)
+	$(BIN)/python benchmarks/memory.py --out $(RESULTS)
+	$(BIN)/python benchmarks/inference.py --out $(RESULTS)
+	$(BIN)/python benchmarks/loader.py $(PHOTOGRAPHS) --out $(RESULTS)
 
 # renewed when a requirement changes; the package itself is installed editable
 $(STAMP): requirements.lock pyproject.toml

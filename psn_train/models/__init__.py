@@ -2,7 +2,10 @@
 
 from psn_train.models import conv_net, sew_resnet, weights
 from psn_train.models.conv_net import VGGSNN, CIFARNet, SequentialNet
+from psn_train.models.folding import fold_batch_norm
+from psn_train.models.inference import prepare
 from psn_train.models.network import SpikingNetwork
+from psn_train.models.packed_layers import set_memory
 from psn_train.models.registration import NETWORKS
 from psn_train.models.sew_resnet import SEWResNet
 from psn_train.models.weights import load_ann
@@ -15,7 +18,10 @@ __all__ = [
     "SequentialNet",
     "SpikingNetwork",
     "conv_net",
+    "fold_batch_norm",
     "load_ann",
+    "prepare",
+    "set_memory",
     "sew_resnet",
     "weights",
 ]
