@@ -26,6 +26,7 @@ UPDATE = UpdateMemory(
     optimizer_state=800,
     inputs=50,
     saved=1000,
+    casts=0,
     activations_peak=1300,
     step_peak=400,
 )

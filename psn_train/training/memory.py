@@ -2,7 +2,8 @@
 
 Forward, loss, backward and the optimiser's step run on PyTorch's fake tensors: shapes, dtypes and lifetimes are those
 of the real update, and no memory is taken. Every tensor that an operation makes is counted once, by its storage, from
-its making to its last reference. What an operation needs inside itself (a convolution's workspace) is not seen.
+its making to its last reference. What an operation needs inside itself (a convolution's workspace) is not seen. The
+backend of the PSN family is the recipe's `precision.kernels`, whose operators have fake forms: nothing is compiled.
 
 Legend: N samples of a micro-batch, T time-steps, C, H, W the recipe's image. All sizes are in bytes.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from psn_train.data.images import Normalizer
-from psn_train.neurons import set_nan_check
+from psn_train.neurons import kernels, set_nan_check
 from psn_train.recipe import Recipe
 from psn_train.training.build import build_model
 from psn_train.training.losses import compute_loss
@@ -42,6 +44,8 @@ class UpdateMemory:
     """uint8 images, normalised images or frames, targets."""
     saved: int
     """What autograd keeps from forward to backward, parameters and inputs left out, each storage once."""
+    casts: int
+    """Of `saved`, the parameters in half precision, as autocast makes them; they do not grow with the batch."""
     activations_peak: int
     """Most that lives at once in forward and backward, parameters, buffers, full gradients and inputs left out."""
     step_peak: int
@@ -51,14 +55,20 @@ class UpdateMemory:
 class LiveStorages(TorchDispatchMode):
     """Bytes of all storages that came out of an operation inside it and are still referred to.
 
+    Args:
+        parameters: whose casts to another dtype are told apart.
+
     Attributes:
         now, peak: bytes.
+        casts: the storages of the casts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.casts: set[int] = set()
         self._sizes: dict[int, int] = {}
+        self._parameters = _storages(parameters)
 
     def add(self, tensor: Tensor) -> None:
         """Count a tensor's storage until it is freed; one that is known already, once."""
@@ -73,13 +83,55 @@ class LiveStorages(TorchDispatchMode):
 
     def _free(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+        # another storage may come to have this key
+        self.casts.discard(key)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
+        if func is torch.ops.aten._to_copy.default and not self._parameters.isdisjoint(_storages(args[:1])):
+            self.casts |= _storages([result])
         return result
+
+
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """What autograd keeps of a forward pass inside it, each storage once.
+
+    Args:
+        live: entered before, tells casts of parameters.
+        known: tensors that are there anyway, and are left out: parameters, buffers, inputs.
+    """
+
+    def __init__(self, live: LiveStorages, known: Iterable[Tensor]) -> None:
+        super().__init__(self._keep, lambda tensor: tensor)
+        self._live, self._known = live, _storages(known)
+        self._kept: dict[int, int] = {}
+        self._casts: dict[int, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        """All, casts of parameters included."""
+        return sum(self._kept.values())
+
+    @property
+    def casts(self) -> int:
+        """Bytes of the parameters in another dtype."""
+        return sum(self._casts.values())
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known:
+            self._kept[key] = storage.nbytes()
+            if key in self._live.casts:
+                self._casts[key] = storage.nbytes()
+        return tensor
+
+
+def _storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
 
 
 def count_update(
@@ -110,10 +162,10 @@ def count_update(
     set_nan_check(model, "never")
     if recipe.precision.channels_last:
         model.to(memory_format=torch.channels_last)
-    live = LiveStorages()
-    with contextlib.nullcontext() if real else FakeTensorMode():
+    with _backend(recipe), contextlib.nullcontext() if real else FakeTensorMode():
         if not real:
             _leave_meta(model)
+        live = LiveStorages(model.parameters())
         optimizer = build_optimizer(model, recipe)
         if gpu:
             for group in optimizer.param_groups:
@@ -121,6 +173,12 @@ def count_update(
                     group["foreach"] = True
         with live:
             return _count(recipe, model, optimizer, live, micro_batch_size, steps or recipe.model.T)
+
+
+def _backend(recipe: Recipe):
+    """The recipe's, for a while. Triton's operators keep what the compiled ones do, and need no GPU to be counted."""
+    name = recipe.precision.kernels
+    return kernels.using_backend("compiled" if name == "triton" else name)
 
 
 def _leave_meta(model: nn.Module) -> None:
@@ -156,17 +214,9 @@ def _count(
     x, targets, mask, host = _batch(recipe, num_classes=model.num_classes, size=size, steps=steps)
     inputs = live.now - before
     standing = live.now
-    known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), x, targets)}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
+    kept = SavedTensors(live, (*model.parameters(), *model.buffers(), x, targets))
     live.peak = live.now
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept:
         with autocast(recipe.precision.dtype, _CPU):
             logits = model(x, per_step=True)
         loss = compute_loss(recipe.loss, logits, targets, mask)
@@ -188,7 +238,8 @@ def _count(
         gradients=gradients,
         optimizer_state=state,
         inputs=inputs,
-        saved=sum(kept.values()),
+        saved=kept.bytes,
+        casts=kept.casts,
         activations_peak=activations_peak,
         step_peak=live.peak - before,
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator
 
 import torch
 
@@ -37,6 +39,17 @@ def use_backend(name: str) -> None:
         if name == "triton" and not _HAS_TRITON:
             raise ValueError("precision.kernels: got 'triton', and there is no package triton; take auto or compiled")
     _forced = name
+
+
+@contextlib.contextmanager
+def using_backend(name: str) -> Iterator[None]:
+    """`use_backend` inside of it; what was chosen before, after it."""
+    before = _forced
+    use_backend(name)
+    try:
+        yield
+    finally:
+        use_backend(before)
 
 
 def choose(device: torch.device, own: str | None = None) -> str:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from psn_train.neurons.kernels import backends, bits
 from psn_train.neurons.kernels.inductor import compile_once
@@ -141,8 +142,10 @@ def can_tell_apart(levels: Levels, dtype: torch.dtype) -> bool:
 def _can_tell_apart(levels: Levels, dtype: torch.dtype) -> bool:
     if levels.parts == 1:
         return levels.most <= min(255, 2 / torch.finfo(dtype).eps)
-    found = _rounded()(table(levels, dtype), levels.parts)
-    return levels.most <= 255 and torch.equal(found, torch.arange(levels.most + 1).to(torch.uint8))
+    # the numbers are looked at, whatever tensors have no data around here
+    with _disable_current_modes():
+        found = _rounded()(table(levels, dtype), levels.parts)
+        return levels.most <= 255 and torch.equal(found, torch.arange(levels.most + 1).to(torch.uint8))
 
 
 def table(levels: Levels, dtype: torch.dtype) -> Tensor:
