@@ -10,6 +10,8 @@ from conftest import engine_alone, merged
 from torch import nn
 
 from psn_train.data.stream import Batch
+from psn_train.models.packed_layers import MEMORY
+from psn_train.neurons import kernels
 from psn_train.recipe import check_recipe, make_plan
 from psn_train.training.build import build_model
 from psn_train.training.inputs import TrainInputs
@@ -61,7 +63,8 @@ def test_tensors_without_data_count_as_real_ones(name, dtype):
     channel, float32 in truth."""
     recipe = recipe_of(NETWORKS[name], precision={"dtype": dtype})
     counted, real = (asdict(count_update(recipe, 10, 2, real=real)) for real in (False, True))
-    assert min(value for key, value in counted.items() if key != "step_peak") > 0
+    assert min(value for key, value in counted.items() if key not in ("step_peak", "casts")) > 0
+    assert (counted["casts"] > 0) == (dtype == "bf16")
     if dtype == "fp32":
         assert counted == real
         return
@@ -69,6 +72,47 @@ def test_tensors_without_data_count_as_real_ones(name, dtype):
     short = 2 * 2 * sum(norm.num_features for norm in norms)
     for key, value in real.items():
         assert 0 <= value - counted[key] <= (short if key in ("saved", "activations_peak") else 0), key
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+@pytest.mark.parametrize("memory", ["packed", "lean"])
+def test_every_backend_counts_as_it_is(memory, backend):
+    """Average pool in the stem, whose parts of nine are looked up; fp32 to the byte. Nothing is left behind."""
+    recipe = recipe_of(
+        IMAGES,
+        model={"memory": memory, "args": {"stem": "7x7"}},
+        data={"image_size": 32},
+        precision={"kernels": backend},
+    )
+    counted, real = (asdict(count_update(recipe, 10, 2, real=real)) for real in (False, True))
+    assert counted == real
+    assert kernels.choose(torch.device("cpu")) == "reference"
+
+
+def test_modes_and_backends_keep_what_they_say():
+    def saved(memory: str, backend: str, size: int = 8) -> int:
+        changes = {"model": {"memory": memory}, "precision": {"kernels": backend, "dtype": "bf16"}}
+        update = count_update(recipe_of(IMAGES, **changes), 10, size)
+        return update.saved - update.casts
+
+    found = {(memory, backend): saved(memory, backend) for memory in MEMORY for backend in ("reference", "compiled")}
+    assert saved("packed", "auto") == found["packed", "reference"]
+    # no GPU is wanted for it
+    assert saved("packed", "triton") == found["packed", "compiled"]
+    for backend in ("reference", "compiled"):
+        assert found["plain", backend] > found["packed", backend] > 1.5 * found["lean", backend]
+    for memory in MEMORY:
+        assert found[memory, "reference"] > found[memory, "compiled"]
+    # casts do not grow with the batch
+    assert saved("plain", "reference", 16) == pytest.approx(2 * found["plain", "reference"], rel=0.01)
+
+
+def test_casts_of_parameters_are_told_apart():
+    recipe = recipe_of(IMAGES, model={"memory": "plain"}, precision={"dtype": "bf16"})
+    layers = [module for module in build_model(recipe, 10).modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    weights = sum(layer.weight.numel() for layer in layers)
+    # the linear layer's bias is cast, but not kept
+    assert count_update(recipe, 10, 2).casts == 2 * weights
 
 
 def test_activations_grow_with_the_batch_and_nothing_else_does():
