@@ -92,6 +92,11 @@ def estimate(recipe: Recipe, num_classes: int, micro_batch_size: int, **layout) 
     return gpu_memory(update, ema=recipe.ema.decay is not None, **layout)
 
 
+def resident_bytes(recipe: Recipe, samples: int) -> float:
+    """Of the images of all splits together, where they live on the device."""
+    return float(samples * recipe.model.in_chans * recipe.data.image_size**2) if recipe.data.resident else 0.0
+
+
 def most_steps(recipe: Recipe) -> int:
     """Time-steps of the longest sample: under `frames: duration` at most `max_steps`, else T."""
     events = recipe.events

@@ -38,23 +38,30 @@ def optimizer_problem(optimizer: torch.optim.Optimizer, cluster: Cluster) -> str
     return None
 
 
-def memory_problem(memory: GpuMemory, limit: float, largest: int, accumulated: int | None) -> str:
+def memory_problem(
+    memory: GpuMemory, limit: float, largest: int, accumulated: int | None, mode: str, lean: int | None
+) -> str:
     """What to do where a micro-batch does not fit.
 
     Args:
         largest: micro-batch that fits and that a plan can have; 0: none.
         accumulated: micro-batches that follow from it.
+        mode: the recipe's `model.memory`.
+        lean: the largest with `model.memory: lean`; None: the recipe has it, or cannot have it.
     """
     text = (
         f"data.max_batch_per_device: a micro-batch of {memory.micro_batch_size} needs an estimated "
-        f"{memory.total / GIB:.1f} GiB of the {limit / GIB:.1f} GiB of a GPU; "
+        f"{memory.total / GIB:.1f} GiB of the {limit / GIB:.1f} GiB of a GPU (model.memory: {mode}); "
     )
     if largest:
-        return text + f"set it to {largest}, the largest that fits, which gives {accumulated} micro-batches an update"
-    return (
-        text
-        + "not even one sample fits: set model.memory: lean or model.grad_checkpointing: true, or take a GPU with more"
-    )
+        text += f"set it to {largest}, the largest that fits, which gives {accumulated} micro-batches an update"
+        return text + (
+            f"; or set model.memory: lean, which allows {lean}" if lean is not None and lean > largest else ""
+        )
+    text += "not even one sample fits: set "
+    if lean:
+        return text + f"model.memory: lean, which allows a micro-batch of {lean}, or take a GPU with more"
+    return text + "model.grad_checkpointing: true, or take a GPU with more"
 
 
 def core_problems(recipe: Recipe, cluster: Cluster, read: Reading) -> list[str]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
+from psn_train.plan.auto import KEY, fitting_plan, with_bound
 from psn_train.plan.communication import Communication, batch_norm_channels, communication
 from psn_train.plan.hardware import Cluster
 from psn_train.plan.hours import Hours, Throughput, from_run, hours
 from psn_train.plan.measure import measure_decoding, measure_updates
-from psn_train.plan.memory import GpuMemory, estimate, gpu_memory, largest_micro_batch, most_steps
+from psn_train.plan.memory import GpuMemory, gpu_memory, most_steps, resident_bytes
 from psn_train.plan.reading import Reading, TrainingSet, cache_problems, reading, training_set
 from psn_train.plan.refusals import (
     core_problems,
@@ -20,7 +20,7 @@ from psn_train.plan.refusals import (
     optimizer_problem,
     time_problems,
 )
-from psn_train.recipe import Plan, PlanError, Recipe, make_plan, recipe_hash
+from psn_train.recipe import Plan, Recipe, make_plan, recipe_hash
 from psn_train.recipe.rates import learning_rates
 from psn_train.training.build import build_model
 from psn_train.training.memory import count_update
@@ -57,9 +57,14 @@ class Report:
     samples_source: str = ""
     plan: Plan | None = None
     learning_rates: list[tuple[str, float]] = field(default_factory=list)
+    memory_mode: str = "packed"
+    """The recipe's `model.memory`."""
     memory: GpuMemory | None = None
     memory_limit: float | None = None
     largest_micro_batch: int | None = None
+    """That fits, where the recipe's does not; 0: none."""
+    lean_micro_batch: int | None = None
+    """The same with `model.memory: lean`, where the recipe has another."""
     communication: Communication | None = None
     reading: Reading | None = None
     throughput: Throughput | None = None
@@ -83,6 +88,7 @@ def make_report(recipe: Recipe, cluster: Cluster, question: Question | None = No
     """The plan of a recipe on a cluster. Raises nothing that the recipe is to blame for: see `Report.problems`."""
     question = question or Question()
     report = Report(recipe.name, recipe_hash(recipe), cluster, problems=engine_problems(recipe, cluster))
+    report.memory_mode = recipe.model.memory
     try:
         found = training_set(recipe, question.samples)
         report.samples, report.samples_source = found.samples, found.source
@@ -94,8 +100,10 @@ def make_report(recipe: Recipe, cluster: Cluster, question: Question | None = No
         report.problems.append(str(error))
         return report
     try:
+        if recipe.data.max_batch_per_device == "auto":
+            recipe = _settled(report, recipe, found)
         report.plan = make_plan(recipe, world_size=cluster.devices, train_samples=found.samples)
-    except PlanError as error:
+    except ValueError as error:
         report.problems.append(str(error))
         return report
     report.learning_rates = learning_rates(recipe, report.plan)
@@ -113,35 +121,55 @@ def make_report(recipe: Recipe, cluster: Cluster, question: Question | None = No
     return report
 
 
+def _layout(recipe: Recipe, found: TrainingSet, cluster: Cluster) -> dict:
+    """Of `gpu_memory`."""
+    resident = resident_bytes(recipe, found.samples + found.val_samples + found.test_samples)
+    return {"engine": cluster.engine, "devices": cluster.devices, "resident": resident}
+
+
+def _settled(report: Report, recipe: Recipe, found: TrainingSet) -> Recipe:
+    """The recipe with the number that `auto` is on this cluster.
+
+    Raises:
+        ValueError: nobody knows the memory of its GPUs; PlanError: no batch gives a plan.
+    """
+    cluster = report.cluster
+    if cluster.memory is None:
+        raise ValueError(f"{KEY}: auto follows from a GPU's memory; name it by --gpu or --memory-gb")
+    plan = fitting_plan(recipe, found.num_classes, found.samples, cluster.memory, _layout(recipe, found, cluster))
+    if plan is None:
+        # the smallest one is laid out and refused like any other
+        return with_bound(recipe, 2 if recipe.augment.mixup or recipe.augment.cutmix else 1)
+    settled = with_bound(recipe, plan.micro_batch_size)
+    report.recipe_hash = recipe_hash(settled)
+    report.notes.append(f"{KEY}: auto is {plan.micro_batch_size} here")
+    return settled
+
+
 def _memory(report: Report, recipe: Recipe, found: TrainingSet, update) -> None:
     cluster, plan = report.cluster, report.plan
-    resident = 0.0
-    if recipe.data.resident:
-        sets = (found.samples, found.val_samples, found.test_samples)
-        resident = float(sum(sets) * recipe.model.in_chans * recipe.data.image_size**2)
-    layout = {"engine": cluster.engine, "devices": cluster.devices, "resident": resident}
+    layout = _layout(recipe, found, cluster)
     report.memory = gpu_memory(update, ema=recipe.ema.decay is not None, **layout)
     report.memory_limit = limit = cluster.memory
-    if limit is None:
+    if limit is None or report.memory.total <= limit:
         return
-    if report.memory.total <= limit:
-        return
-    most = largest_micro_batch(
-        lambda size: estimate(recipe, found.num_classes, size, **layout), limit, plan.micro_batch_size - 1
+
+    def fitting(other: Recipe, most: int | None) -> Plan | None:
+        return fitting_plan(other, found.num_classes, found.samples, limit, layout, most)
+
+    fits = fitting(recipe, plan.micro_batch_size - 1)
+    report.largest_micro_batch = fits.micro_batch_size if fits is not None else 0
+    lean = recipe.model_copy(update={"model": recipe.model.model_copy(update={"memory": "lean"})})
+    # ZeRO-3 does not take it
+    if recipe.model.memory != "lean" and cluster.engine != "zero3":
+        fits_lean = fitting(lean, None)
+        report.lean_micro_batch = fits_lean.micro_batch_size if fits_lean is not None else 0
+    accumulated = fits.grad_accum_steps if fits is not None else None
+    report.problems.append(
+        memory_problem(
+            report.memory, limit, report.largest_micro_batch, accumulated, recipe.model.memory, report.lean_micro_batch
+        )
     )
-    fitting = _bounded_plan(recipe, found, cluster.devices, most)
-    report.largest_micro_batch = fitting.micro_batch_size if fitting is not None else 0
-    accumulated = fitting.grad_accum_steps if fitting is not None else None
-    report.problems.append(memory_problem(report.memory, limit, report.largest_micro_batch, accumulated))
-
-
-def _bounded_plan(recipe: Recipe, found: TrainingSet, devices: int, most: int) -> Plan | None:
-    """The plan with the largest micro-batch up to `most`; not every bound gives one."""
-    for bound in range(most, 0, -1):
-        data = recipe.data.model_copy(update={"max_batch_per_device": bound})
-        with contextlib.suppress(PlanError):
-            return make_plan(recipe.model_copy(update={"data": data}), world_size=devices, train_samples=found.samples)
-    return None
 
 
 def _throughput(report: Report, recipe: Recipe, found: TrainingSet, question: Question) -> None:

@@ -41,7 +41,7 @@ def show_report(report: Report) -> None:
     if report.plan is not None:
         console.print(_table(report))
     if report.memory is not None:
-        console.print(_memory_table(report.memory, report.memory_limit))
+        console.print(_memory_table(report.memory, report.memory_limit, report.memory_mode))
         console.print(
             "memory is an estimate: activations are counted for this network and batch, allowances are assumed; "
             "no GPU has been measured",
@@ -102,11 +102,12 @@ def _hours(hours: float) -> str:
     return f"{hours:,.1f}" if hours >= 1 else f"{hours:.2g}"
 
 
-def _memory_table(memory: GpuMemory, limit: float | None) -> Table:
+def _memory_table(memory: GpuMemory, limit: float | None, mode: str) -> Table:
     table = Table("memory of one GPU", "GiB", title=None)
     for key, title in _PARTS.items():
         value = getattr(memory, key)
         if value:
+            title += f" (model.memory: {mode})" if key == "saved" else ""
             table.add_row(title, f"{value / GIB:.3f}")
     table.add_section()
     table.add_row("in all, estimated", f"{memory.total / GIB:.2f}")

@@ -222,7 +222,8 @@ def make_plan(recipe: Recipe, *, world_size: int, train_samples: int) -> Plan:
     each sample has the same weight in the gradient as elsewhere.
 
     Raises:
-        PlanError: there are fewer samples in the global batch than devices, or no sample is left to train on.
+        PlanError: there are fewer samples in the global batch than devices, no sample is left to train on, or the
+            bound is still `auto`.
     """
     data, schedule = recipe.data, recipe.schedule
     held_out = held_out_samples(data, train_samples)
@@ -235,6 +236,11 @@ def make_plan(recipe: Recipe, *, world_size: int, train_samples: int) -> Plan:
         raise PlanError(
             f"data.global_batch_size = {batch}: {units} {what} do not give each of {world_size} devices one. "
             f"Start at most {units} processes, or set it to at least {world_size * unit}."
+        )
+    if data.max_batch_per_device == "auto":
+        raise PlanError(
+            "data.max_batch_per_device: auto becomes a number where the run starts, on its GPUs; for others "
+            "`psn plan RECIPE --gpu NAME` tells it. State one to have the plan of any machine."
         )
     most, least = -(-units // world_size), units // world_size
     bound = min((data.max_batch_per_device or batch) // unit, most)

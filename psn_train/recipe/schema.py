@@ -79,8 +79,9 @@ class Data(Section):
     """Samples of one update, over all ranks and accumulated micro-batches."""
     resident: bool = False
     """Keep all images on the device and augment whole batches there; for sets that fit, such as CIFAR."""
-    max_batch_per_device: Positive | None = None
-    """Upper bound of the micro-batch of one device; the accumulation follows from it."""
+    max_batch_per_device: Positive | Literal["auto"] | None = None
+    """Upper bound of the micro-batch of one device; the accumulation follows from it. auto: the largest that fits the
+    smallest GPU of the run's first start, by the estimate of `psn plan`; the run's own recipe then holds the number."""
     eval_batch_per_device: Positive | None = None
     """Batch of the evaluation; by default the micro-batch."""
     image_size: Positive = 224

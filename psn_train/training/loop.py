@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import torch
 
 from psn_train.data.decoders import start_server
 from psn_train.data.split_checks import class_count
+from psn_train.plan.auto import settle_micro_batch, with_bound
 from psn_train.recipe import Recipe, make_plan
 from psn_train.training.build import build_model, check_channels_last, check_order, load_network, open_splits
 from psn_train.training.engine import build_engine, check_engine
@@ -57,7 +59,10 @@ def _train(recipe: Recipe, watch: Watch) -> int:
     splits = open_splits(recipe)
     num_classes = class_count(recipe, splits.train.index)
     world_size = launched_processes()
-    plan = make_plan(recipe, world_size=world_size, train_samples=splits.train.index.num_samples)
+    automatic = recipe.data.max_batch_per_device == "auto"
+    plan_of = partial(make_plan, world_size=world_size, train_samples=splits.train.index.num_samples)
+    # where the micro-batch follows from a device, all else is checked with the largest
+    plan = plan_of(with_bound(recipe, None) if automatic else recipe)
     check_order(recipe, plan, splits)
     seed_everything(recipe.seed)
     model = build_model(recipe, num_classes)
@@ -69,6 +74,10 @@ def _train(recipe: Recipe, watch: Watch) -> int:
     accelerator = build_accelerator(recipe, world_size)
     device, rank = accelerator.device, accelerator.process_index
     set_precision(recipe, device)
+    recipe = settle_micro_batch(recipe, num_classes, splits, accelerator, zero_stage)
+    if automatic:
+        plan = plan_of(recipe)
+        check_order(recipe, plan, splits)
     run = Run(recipe, plan, splits, accelerator, watch)
     if run.resumes:
         run.load_weights(model)
