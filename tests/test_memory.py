@@ -15,7 +15,7 @@ from psn_train.neurons import kernels
 from psn_train.recipe import check_recipe, make_plan
 from psn_train.training.build import build_model
 from psn_train.training.inputs import TrainInputs
-from psn_train.training.memory import count_update
+from psn_train.training.memory import LiveStorages, SavedTensors, count_update
 from psn_train.training.step import Updater
 
 IMAGES = {
@@ -74,7 +74,7 @@ def test_tensors_without_data_count_as_real_ones(name, dtype):
         assert 0 <= value - counted[key] <= (short if key in ("saved", "activations_peak") else 0), key
 
 
-@pytest.mark.parametrize("backend", ["reference", "compiled"])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("compiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("memory", ["packed", "lean"])
 def test_every_backend_counts_as_it_is(memory, backend):
     """Average pool in the stem, whose parts of nine are looked up; fp32 to the byte. Nothing is left behind."""
@@ -87,6 +87,20 @@ def test_every_backend_counts_as_it_is(memory, backend):
     counted, real = (asdict(count_update(recipe, 10, 2, real=real)) for real in (False, True))
     assert counted == real
     assert kernels.choose(torch.device("cpu")) == "reference"
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_nothing_is_held_but_what_autograd_keeps(memory):
+    """A closure, say, that is needed in the backward pass and holds a tensor keeps it where no hook sees it."""
+    recipe = recipe_of(IMAGES, model={"memory": memory, "connect_function": "IAND"})
+    model, x = build_model(recipe, 10), torch.randn(2, 3, 16, 16)
+    live = LiveStorages()
+    kept = SavedTensors(live, (*model.parameters(), *model.buffers(), x))
+    with live, kept:
+        before = live.now
+        logits = model(x)
+    # the logits, and the counters of the batch norms
+    assert 0 <= live.now - before - kept.bytes <= logits.nbytes + 8 * 20
 
 
 def test_modes_and_backends_keep_what_they_say():

@@ -22,6 +22,33 @@ def add(verbs, verb) -> None:
     times.add_argument("--seconds", type=seconds, default=3.0, help="for each T and N (default: %(default)g)")
     times.add_argument("--compile", action="store_true", help="under torch.compile, which takes minutes to compile")
     times.add_argument("--out", default="runs/bench_neurons", metavar="DIR", help="default: %(default)s")
+    memory = verb("memory", _bench_memory, "count what a training step keeps for an image: a table, JSON", benches)
+    models = [f"sew_resnet{depth}_psn" for depth in (18, 34, 50)]
+    memory.add_argument("--models", nargs="+", default=models, metavar="MODEL", help="default: %(default)s")
+    memory.add_argument("--T", type=count, default=4, help="time-steps (default: %(default)s)")
+    memory.add_argument("--image-size", type=count, default=224, help="side in pixels (default: %(default)s)")
+    memory.add_argument("--dtype", nargs="+", choices=("bf16", "fp32"), default=["bf16"], help="default: %(default)s")
+    modes = ("plain", "packed", "lean")
+    memory.add_argument("--memory", nargs="+", choices=modes, default=list(modes), help="model.memory; default: all")
+    backends = ("reference", "compiled")
+    memory.add_argument("--kernels", nargs="+", choices=backends, default=list(backends), help="default: both")
+    memory.add_argument("--batch", type=count, default=32, help="that is counted and divided by (default: %(default)s)")
+    memory.add_argument("--k", type=count, help="order of masked and sliding PSN (default: min(T, 4))")
+
+
+def _bench_memory(options) -> int:
+    from psn_train.bench.memory import bench_memory
+
+    return bench_memory(
+        options.models,
+        T=options.T,
+        image_size=options.image_size,
+        dtypes=options.dtype,
+        modes=options.memory,
+        backends=options.kernels,
+        batch=options.batch,
+        k=options.k,
+    )
 
 
 def _bench_neurons(options) -> int:

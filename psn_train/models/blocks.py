@@ -45,7 +45,9 @@ def layer(
     lean = packed is not None and convolution.memory == "lean"
     modules = (convolution, norm, neuron)
     if lean and not neuron.joins(norm, x_seq.device) and can_run_again(*modules):
-        spikes = run_again(lambda images: _in_turn(images, packed, x_seq.shape[:2], *modules), images, packed, modules)
+        # what is run again must not hold x_seq itself, which would be kept behind autograd's back
+        steps = x_seq.shape[:2]
+        spikes = run_again(lambda images: _in_turn(images, packed, steps, *modules), images, packed, modules)
         return spikes if add is None else add + spikes
     y_seq = convolution(images, packed).unflatten(0, x_seq.shape[:2])
     again = convolution.again(packed) if lean else None
