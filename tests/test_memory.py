@@ -96,11 +96,14 @@ def test_nothing_is_held_but_what_autograd_keeps(memory):
     model, x = build_model(recipe, 10), torch.randn(2, 3, 16, 16)
     live = LiveStorages()
     kept = SavedTensors(live, (*model.parameters(), *model.buffers(), x))
+    # batch norms write into them
+    for buffer in model.buffers():
+        live.add(buffer)
+    before = live.now
     with live, kept:
-        before = live.now
         logits = model(x)
-    # the logits, and the counters of the batch norms
-    assert 0 <= live.now - before - kept.bytes <= logits.nbytes + 8 * 20
+    # some numbers of each channel; the smallest of the hidden activations has 4,096 bytes
+    assert 0 <= live.now - before - kept.bytes - logits.nbytes < 4096
 
 
 def test_modes_and_backends_keep_what_they_say():
