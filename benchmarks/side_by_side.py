@@ -128,9 +128,43 @@ class Comparison:
         self.result["groups"].append(group)
         return found
 
+    def amounts(
+        self,
+        title: str,
+        values: Mapping[str, float],
+        unit: str,
+        *,
+        base: str,
+        aims: Mapping[str, float | None],
+        **facts,
+    ) -> None:
+        """A table of what was counted, not timed.
+
+        Args:
+            values: name -> amount in `unit`.
+            base: whose amount is 1.
+            aims: name -> what its part of the base's is to be at most; None: no aim.
+            facts: of the group, for the JSON.
+        """
+        table = Table(title=title)
+        table.add_column("")
+        for head in (unit, "times", "aim", "met"):
+            table.add_column(head, justify="right")
+        group = {"title": title, **facts, "base": base, "unit": unit, "jobs": {}}
+        for name, value in values.items():
+            ratio, aim = value / values[base], aims.get(name)
+            met = None if aim is None else ratio <= aim
+            told = ("", "") if aim is None else (f"{aim:.3f}", "yes" if met else "no")
+            table.add_row(name, f"{value:.4g}", f"{ratio:.3f}", *told)
+            group["jobs"][name] = {"amount": value, "times": ratio, "aim": aim, "met": met}
+        self.console.print(table)
+        self.result["groups"].append(group)
+
     def finish(self) -> None:
         """The folder's files, then the JSON line."""
-        self.say(f"spread: between the quartiles, of the median; times: of the time of {self._bases()}")
+        timed = any("unit" not in group for group in self.result["groups"])
+        spread = "spread: between the quartiles, of the median; " if timed else ""
+        self.say(f"{spread}times: of that of {self._bases()}")
         if self.options.out is not None:
             self.options.out.mkdir(parents=True, exist_ok=True)
             path = self.options.out / f"{self.name}.json"
@@ -149,7 +183,7 @@ def _part(times: Times, divide: int) -> Times:
 
 
 def draw(result: dict, path: Path) -> None:
-    """A panel for each group: bars of the medians, whiskers from quartile to quartile."""
+    """A panel for each group: bars of the medians, whiskers from quartile to quartile; or bars of amounts."""
     groups, here = result["groups"], result["environment"]
     across = min(2, len(groups))
     down = -(-len(groups) // across)
@@ -159,17 +193,20 @@ def draw(result: dict, path: Path) -> None:
     panels = figure.subplots(down, across, squeeze=False).flatten()
     for axis, group in zip(panels, groups, strict=False):
         names, jobs = list(group["jobs"]), list(group["jobs"].values())
-        median = [job["median_ms"] for job in jobs]
-        whiskers = [
-            [job["median_ms"] - job["q1_ms"] for job in jobs],
-            [job["q3_ms"] - job["median_ms"] for job in jobs],
-        ]
+        if "unit" in group:
+            bars, whiskers = [job["amount"] for job in jobs], None
+        else:
+            bars = [job["median_ms"] for job in jobs]
+            whiskers = [
+                [job["median_ms"] - job["q1_ms"] for job in jobs],
+                [job["q3_ms"] - job["median_ms"] for job in jobs],
+            ]
         colours = ["#0072B2" if name.startswith("psn_train") else "#999999" for name in names]
-        axis.barh(names, median, xerr=whiskers, color=colours, ecolor="#000000", capsize=2)
+        axis.barh(names, bars, xerr=whiskers, color=colours, ecolor="#000000", capsize=2)
         axis.invert_yaxis()
         axis.set_title(group["title"], fontsize=9)
         axis.tick_params(labelsize=8)
-        axis.set_xlabel("ms", fontsize=8)
+        axis.set_xlabel(group.get("unit", "ms"), fontsize=8)
     for axis in panels[len(groups) :]:
         axis.set_axis_off()
     figure.savefig(path, dpi=120)
