@@ -58,6 +58,7 @@ def test_the_standin_is_laid_out_as_cifar10_dvs(tmp_path):
     [
         ("inference.py", ("--batch", 1, "--dtype", "fp32", "--side", 64, "--no-compile"), 3),
         ("neuron.py", ("--T", 2, "--N", 64, "--no-compile"), 3),
+        ("memory.py", ("--depth", 18, "--side", 64, "--no-time", "--dtype", "fp32"), 1),
         pytest.param("step.py", ("--T", 2, "--dtype", "fp32", "--side", 64), 1, marks=pytest.mark.long),
     ],
 )
@@ -73,6 +74,23 @@ def test_beside_spikingjelly(script, arguments, groups, tmp_path, shared_data):
         assert any(job.startswith("psn_train") for job in group["jobs"])
         assert any(job.startswith("SpikingJelly") for job in group["jobs"])
         assert group["jobs"][group["base"]]["times"] == 1.0
+
+
+def test_bytes_of_other_gradients_get_no_figure(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    pytest.importorskip("spikingjelly")
+    import memory
+    import networks
+    import torch
+
+    x = networks.photographs(2, 64)
+    ours = networks.our_network("sew_resnet18_psn", x, 2)
+    theirs = networks.their_network(ours, "m")
+    memory.check_gradients(18, ours, theirs, x)
+    with torch.no_grad():
+        theirs.layer4[1].conv2.weight.mul_(1.01)
+    with pytest.raises(SystemExit, match=r"plain: the gradient of .* is off by .* no figure is printed"):
+        memory.check_gradients(18, ours, theirs, x)
 
 
 def test_what_differs_gets_no_figure(monkeypatch):
