@@ -180,7 +180,7 @@ def _step(network: nn.Module, x: Tensor, kind: torch.dtype) -> float:
         logits = network(x, per_step=True)
     loss = loss_of(logits)
     loss.backward()
-    return float(loss)
+    return float(loss.detach())
 
 
 def main() -> None:
