@@ -168,7 +168,7 @@ def test_a_bound_that_gives_no_pairs_is_not_proposed(small):
 def test_all_problems_are_told_at_once():
     report = make_report(
         packaged("precision.dtype=bf16", "ema.decay=0.9", "data.max_batch_per_device=null"),
-        Cluster(1, 2, "zero3", gpu="t4", cores_per_node=1),
+        Cluster(1, 2, "zero3", gpu="t4", memory_gib=10.0, cores_per_node=1),
         Question(images_per_second=500, time_limit=1),
     )
     assert len(report.problems) == 5
