@@ -186,7 +186,7 @@ def test_what_cannot_be_folded_is_named():
     with pytest.raises(ValueError, match=r"layer1\.0\.bn2 keeps no running statistics"):
         fold_batch_norm(model)
     model.layer1[0].bn2 = nn.BatchNorm2d(9).eval()
-    with pytest.raises(ValueError, match=r"layer1\.0\.bn2 stands behind Conv2d\(8, 8.*wanted a convolution of 9"):
+    with pytest.raises(ValueError, match=r"layer1\.0\.bn2 stands behind SpikeConv2d\(8, 8.*wanted a convolution of 9"):
         fold_batch_norm(model)
 
 

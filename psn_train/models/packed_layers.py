@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from psn_train.neurons.kernels.packing import Levels, Packed, can_tell_apart, pack, unpack
 from psn_train.neurons.kernels.sequence import wants_the_law
-from psn_train.neurons.layout import no_autocast
+from psn_train.neurons.layout import memory_order, no_autocast
 
 MEMORY = ("plain", "packed", "lean")
 CONNECT_FUNCTIONS = ("ADD", "AND", "IAND")
@@ -50,13 +50,15 @@ class FewLevels:
         x = as_computed(x.detach())
         if not can_tell_apart(self.levels, x.dtype):
             return None
-        packed = pack(x, self.levels)
-        if not self._was_checked and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor):
-            self._check(x, packed)
-        return packed
+        has_values = not torch.compiler.is_compiling() and not x.is_meta and not isinstance(x, FakeTensor)
+        if not self._was_checked and has_values:
+            self._check(x)
+        return pack(x, self.levels)
 
-    def _check(self, x: Tensor, packed: Packed) -> None:
-        if not torch.equal(packed.unpack(), x):
+    def _check(self, x: Tensor) -> None:
+        # in parts, lest the first step need more memory than the others
+        parts = x.permute(memory_order(x)).reshape(-1).split(max(1 << 14, x.numel() // 64))
+        if not all(torch.equal(pack(part, self.levels).unpack(), part) for part in parts):
             most, parts = self.levels
             wanted = "spikes, 0 or 1" if most == 1 else f"multiples of 1 / {parts} from 0 to {most}"
             raise ValueError(

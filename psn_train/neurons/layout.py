@@ -20,11 +20,27 @@ def _inverse(permutation: Sequence[int]) -> list[int]:
     return [permutation.index(axis) for axis in range(len(permutation))]
 
 
+def memory_order(x: Tensor) -> tuple[int, ...]:
+    """The axes of x [...], from the outermost in memory to the innermost.
+
+    Code that is compiled for any size cannot sort strides; it knows contiguous tensors and channels_last ones, of images
+    and of sequences of them, and takes others for contiguous, which costs a copy.
+    """
+    axes = tuple(range(x.ndim))
+    if torch.compiler.is_compiling():
+        for channels in (1, 2):
+            last = (*axes[:channels], *axes[channels + 1 :], *axes[channels : channels + 1])
+            if x.ndim > 3 and not x.is_contiguous() and x.permute(last).is_contiguous():
+                return last
+        return axes
+    strides = x.stride()
+    # sorted() is stable: axes of equal stride (one of them has size 1) keep their order
+    return tuple(sorted(axes, key=lambda axis: -strides[axis]))
+
+
 def to_rows(x_seq: Tensor) -> tuple[Tensor, Layout]:
     """[T, ...] -> [T, M], a view wherever time is the outermost axis of a dense tensor, plus the way back."""
-    strides, axes = x_seq.stride(), range(x_seq.ndim)
-    # sorted() is stable: axes of equal stride (one of them has size 1) keep their order
-    order = tuple(sorted(axes, key=lambda axis: -strides[axis]))
+    order = memory_order(x_seq)
     time_first = (0, *(axis for axis in order if axis != 0))
     time_inside = order[0] != 0 and x_seq.shape[0] > 1 and x_seq.permute(order).is_contiguous()
     rows = x_seq.permute(time_first)

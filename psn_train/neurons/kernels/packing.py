@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from psn_train.neurons.kernels import backends, bits
 from psn_train.neurons.kernels.inductor import compile_once
+from psn_train.neurons.layout import memory_order
 
 
 class Levels(NamedTuple):
@@ -58,9 +59,7 @@ def pack(x: Tensor, levels: Levels = SPIKES) -> Packed:
     if not can_tell_apart(levels, x.dtype):
         raise ValueError(f"pack: got {x.dtype} of up to {levels.most} parts of 1 / {levels.parts}: too many to be kept")
     x = x.detach()
-    strides = x.stride()
-    # sorted() is stable: axes of equal stride (one of them has size 1) keep their order
-    order = tuple(sorted(range(x.ndim), key=lambda axis: -strides[axis]))
+    order = memory_order(x)
     flat = x.permute(order).reshape(-1)
     form = Form(levels, tuple(x.shape), order, x.dtype)
     backend = backends.choose(x.device)
