@@ -59,9 +59,10 @@ def test_the_standin_is_laid_out_as_cifar10_dvs(tmp_path):
         ("inference.py", ("--batch", 1, "--dtype", "fp32", "--side", 64, "--no-compile"), 3),
         ("neuron.py", ("--T", 2, "--N", 64, "--no-compile"), 3),
         ("memory.py", ("--depth", 18, "--side", 64, "--no-time", "--dtype", "fp32"), 1),
-        pytest.param("step.py", ("--T", 2, "--dtype", "fp32", "--side", 64), 1, marks=pytest.mark.long),
+        ("step.py", ("--T", 2, "--dtype", "fp32", "--side", 64), 1),
     ],
 )
+@pytest.mark.long
 def test_beside_spikingjelly(script, arguments, groups, tmp_path, shared_data):
     pytest.importorskip("spikingjelly")
     out = run(script, *arguments, "--device", "cpu", "--repeats", 1, "--seconds", 1, "--out", tmp_path)
@@ -106,7 +107,7 @@ def test_what_differs_gets_no_figure(monkeypatch):
         neuron.check("psn", 4, 2, ["reference"], torch.float32, torch.device("cpu"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason=f"no photographs at {PHOTOGRAPHS}")
 def test_the_loader_beside_its_peers(tmp_path):
     pytest.importorskip("matplotlib")

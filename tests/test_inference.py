@@ -126,7 +126,7 @@ def test_half_precision_is_of_what_the_convolutions_see(dtype):
     assert served.network.conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("neuron", ["psn", "sliding_psn"])
 def test_compiled_by_inductor(neuron):
     """In float32: what Inductor adds up in another order may flip a spike, here none."""

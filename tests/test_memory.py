@@ -74,7 +74,7 @@ def test_tensors_without_data_count_as_real_ones(name, dtype):
         assert 0 <= value - counted[key] <= (short if key in ("saved", "activations_peak") else 0), key
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("compiled", marks=pytest.mark.long)])
 @pytest.mark.parametrize("memory", ["packed", "lean"])
 def test_every_backend_counts_as_it_is(memory, backend):
     """Average pool in the stem, whose parts of nine are looked up; fp32 to the byte. Nothing is left behind."""

@@ -23,8 +23,8 @@ def _inverse(permutation: Sequence[int]) -> list[int]:
 def memory_order(x: Tensor) -> tuple[int, ...]:
     """The axes of x [...], from the outermost in memory to the innermost.
 
-    Code that is compiled for any size cannot sort strides; it knows contiguous tensors and channels_last ones, of images
-    and of sequences of them, and takes others for contiguous, which costs a copy.
+    Code that is compiled for any size cannot sort strides; it knows contiguous tensors and channels_last ones, of
+    images and of sequences of them, and takes others for contiguous, which costs a copy.
     """
     axes = tuple(range(x.ndim))
     if torch.compiler.is_compiling():
