@@ -142,7 +142,7 @@ def _can_tell_apart(levels: Levels, dtype: torch.dtype) -> bool:
     if levels.parts == 1:
         return levels.most <= min(255, 2 / torch.finfo(dtype).eps)
     # the numbers are looked at, whatever tensors have no data around here
-    with _disable_current_modes():
+    with _disable_current_modes(), torch.device("cpu"):
         found = _rounded()(table(levels, dtype), levels.parts)
         return levels.most <= 255 and torch.equal(found, torch.arange(levels.most + 1).to(torch.uint8))
 
