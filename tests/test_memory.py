@@ -196,7 +196,7 @@ def allocated_at_most(recipe, size: int) -> int:
     "changes",
     [
         {},
-        # convolutions of a CPU without bf16 make copies in float32, which weigh more where less is kept
+        # a CPU without bf16 unrolls images inside a convolution's backward pass, half of all that packed layers need
         {"precision": {"dtype": "bf16", "channels_last": False}, "model": {"memory": "plain"}},
         {"model": {"grad_checkpointing": True}, "optim": {"name": "adamw"}},
     ],
