@@ -108,12 +108,13 @@ def flaky_server(folder: Path, plan: Plan) -> Iterator[tuple[str, Served]]:
             else:
                 self.answer(206 if start else 200, len(body), **headers)
             stop = min(after, len(body)) if fault in ("cut", "stall") else len(body)
+            if fault not in ("cut", "stall"):
+                # before its last byte, with which the client goes on
+                with lock:
+                    served.whole[path] += 1
             self.send(path, body[:stop], slow=fault == "trickle")
             if fault == "stall":
                 time.sleep(plan.stall_s)
-            elif fault != "cut":
-                with lock:
-                    served.whole[path] += 1
 
         def send(self, path: str, body: bytes, slow: bool) -> None:
             step = max(1, len(body) // 20) if slow else 1 << 16

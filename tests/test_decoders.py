@@ -5,6 +5,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -60,7 +61,13 @@ def reading(small, tmp_path):
     children = []
     try:
         assert process.stdout.readline()
-        children = psutil.Process(process.pid).children(recursive=True)
+        # a batch is there when one of the two has begun; the other may still be importing
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            children = psutil.Process(process.pid).children(recursive=True)
+            if sum(os.getpgid(child.pid) == child.pid for child in children) == 2:
+                break
+            time.sleep(0.1)
         yield process, children
     finally:
         process.kill()

@@ -104,6 +104,7 @@ def test_two_processes_equal_one(small, tmp_path):
     assert evaluations[1]["firing_rate"] == pytest.approx(evaluations[0]["firing_rate"], rel=1e-2)
 
 
+@pytest.mark.long
 def test_killed_and_resumed_under_two_processes_and_then_under_one(small, tmp_path):
     changes = {"checkpoint": {"every_steps": 4}, "data": {"workers": 1}, "schedule": {"epochs": 2}}
     whole, killed = small("whole", **changes), small("killed", **changes)
@@ -143,6 +144,7 @@ m.Updater.run = killing
     assert read_meta(find_checkpoint(killed["run_dir"], "last"))["step"] == 19
 
 
+@pytest.mark.long
 def test_two_processes_select_on_held_out_samples_and_test_once(small, tmp_path):
     """Counted over the ranks: no sample of the test set twice, none missed, none that is held out trained on."""
     data = {"val": None, "hold_out": 31, "test": small()["data"]["val"]}

@@ -73,6 +73,7 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 class TestProcesses:
     pytestmark = processes
 
+    @pytest.mark.long
     def test_begun_under_ddp_and_ended_under_zero2_equals_ddp_to_the_bit(self, small, stage, tmp_path):
         whole, moved = small("whole", **EXACT), small("moved", **EXACT)
         run(whole, tmp_path, 2, stage(None))
@@ -113,6 +114,7 @@ m.load = lambda data: dict(sorted(load(data).items(), reverse=os.environ["RANK"]
         assert status == 0, output
         assert_equal(saved(moved, "optimizer.safetensors"), saved(whole, "optimizer.safetensors"))
 
+    @pytest.mark.long
     def test_ranks_agree_on_fp16s_scale_where_one_of_them_has_the_infinite_gradient(self, small, stage, tmp_path):
         document = small("fp16", **merged(EXACT, {"precision": {"dtype": "fp16"}, "schedule": {"steps": 4}}))
         patch = """
@@ -138,6 +140,7 @@ m.Updater.run = overflowing
         scales = [65536, 65536, 32768, 32768]
         assert found == [(rank, str(step), str(scale)) for rank in "01" for step, scale in enumerate(scales)], output
 
+    @pytest.mark.long
     def test_zero3_evaluates_though_a_rank_has_fewer_batches(self, small, stage, tmp_path):
         """50 samples in batches of 12: three for one rank, two for the other. Nothing else may count."""
         changes = merged(EXACT, {"watch": {"start_timeout_s": 60, "step_timeout_s": 40}, "schedule": {"steps": 4}})

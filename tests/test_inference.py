@@ -48,7 +48,10 @@ def trained(**change) -> SEWResNet:
     return model
 
 
-@pytest.mark.parametrize("neuron", ["psn", "masked_psn", "sliding_psn", "lif", "glif"])
+@pytest.mark.parametrize(
+    "neuron",
+    ["psn", *(pytest.param(name, marks=pytest.mark.long) for name in ("masked_psn", "sliding_psn", "lif", "glif"))],
+)
 def test_one_graph_with_the_networks_logits(neuron, quick):
     model = trained(neuron=neuron)
     served = prepare(model)

@@ -230,7 +230,7 @@ class Halved(nn.Module):
         return self.neuron(*arguments, **keywords) / 2
 
 
-@pytest.mark.parametrize("name", ["reference", "compiled"])
+@pytest.mark.parametrize("name", ["reference", pytest.param("compiled", marks=pytest.mark.long)])
 @pytest.mark.parametrize("memory", ["packed", "lean"])
 def test_a_network_stays_one_graph(memory, name):
     torch.manual_seed(0)

@@ -102,7 +102,7 @@ def assert_as_planned(engine: str, accumulated: int, processes: int, folder) -> 
     planned = sum(gradient_traffic(engine, size, size, processes, accumulated))
     # ZeRO-3 spares itself the last layer's second gathering
     assert found["sent"] == pytest.approx(planned, rel=0.03 if engine != "zero3" else 0.08)
-    update = UpdateMemory(2, size, 0, size, size, 0, 0, 0, 0)
+    update = UpdateMemory(2, size, 0, size, size, 0, 0, 0, 0, step_peak=0)
     memory = gpu_memory(update, engine=engine, devices=processes, ema=False)
     standing = memory.parameters + memory.gradients + memory.optimizer_state + memory.engine
     if engine != "ddp":

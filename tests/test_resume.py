@@ -132,7 +132,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted_bit_for_bit(small, tra
     assert left == expected
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)])
 def test_signal_finishes_the_step_saves_and_exits_with_its_own_status(small, train_in_child, reference, number):
     document = small("stopped", **STATEFUL)
     send = f"""

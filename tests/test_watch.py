@@ -83,7 +83,7 @@ HANGS = {
     # nothing of it answers any more, its heartbeat included
     "stopped": ("step", "compute_loss", 7, "os.kill(os.getpid(), signal.SIGSTOP)"),
     # the reading process waits for ever, and its rank with it
-    "loader": ("loaders", "TrainStream.__getitem__", 9, "time.sleep(1000)"),
+    "loader": ("loaders", "TrainStream.read", 9, "time.sleep(1000)"),
 }
 
 
@@ -243,12 +243,12 @@ def test_a_loader_that_is_stuck_ends_a_single_process(small, tmp_path, train_in_
     patch = """
 import time
 import psn_train.data.stream as m
-read = m.TrainStream.__getitem__
-def stuck(self, item):
+read = m.TrainStream.read
+def stuck(self, item, memory=None):
     if item == 5:
         time.sleep(1000)
-    return read(self, item)
-m.TrainStream.__getitem__ = stuck
+    return read(self, item, memory)
+m.TrainStream.read = stuck
 """
     status, output = train_in_child(document, patch)
     assert status == EXIT_HUNG, output
