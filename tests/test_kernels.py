@@ -137,9 +137,9 @@ def test_operators_obey_the_rules_of_torch_library(weight):
     bias = torch.full((4,) if weight.ndim == 2 else (), -1.0).requires_grad_()
     x, weight = torch.randn(4, 9, requires_grad=True), weight.requires_grad_()
     arguments = (weight, bias, 0, "atan", 2.0, "reference")
-    torch.library.opcheck(kernels.psn, (x, *arguments))
+    torch.library.opcheck(kernels.psn.op, (x, *arguments))
     detached = [argument.detach() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
-    torch.library.opcheck(kernels.psn_backward, (torch.randn(4, 9), x.detach(), *detached))
+    torch.library.opcheck(kernels.psn_backward.op, (torch.randn(4, 9), x.detach(), *detached))
 
 
 def test_gradients_by_sample_through_torch_func():

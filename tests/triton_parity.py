@@ -276,16 +276,16 @@ def forced():
 def test_operators_keep_torch_librarys_rules():
     x, weight, bias = coarse(4, 10, step=1 / 16, most=4), matrix(4, 4), column(4)
     settings = (0, "atan", 2.0, "triton")
-    torch.library.opcheck(psn, (*(tensor.requires_grad_() for tensor in (x, weight, bias)), *settings))
+    torch.library.opcheck(psn.op, (*(tensor.requires_grad_() for tensor in (x, weight, bias)), *settings))
     inputs = [tensor.detach() for tensor in (torch.ones(4, 10, device=DEVICE), x, weight, bias)]
-    torch.library.opcheck(psn_backward, (*inputs, *settings))
+    torch.library.opcheck(psn_backward.op, (*inputs, *settings))
     y, channels = coarse(4, 5, 3, 1, step=1 / 16, most=4), [coarse(3, step=1 / 4, most=2) for _ in range(5)]
     weight, bias, grad = weight.detach(), bias.detach(), torch.ones_like(y)
-    torch.library.opcheck(norm_statistics, (y, "triton"))
-    torch.library.opcheck(norm_psn, (y, *channels[:2], weight, bias, 0, grad, "triton"))
-    torch.library.opcheck(norm_psn_sums, (grad, y, *channels[:2], weight, bias, *settings))
+    torch.library.opcheck(norm_statistics.op, (y, "triton"))
+    torch.library.opcheck(norm_psn.op, (y, *channels[:2], weight, bias, 0, grad, "triton"))
+    torch.library.opcheck(norm_psn_sums.op, (grad, y, *channels[:2], weight, bias, *settings))
     torch.library.opcheck(
-        norm_psn_backward, (grad, y, *channels[:2], weight, bias, 0, "atan", 2.0, *channels[2:], "triton")
+        norm_psn_backward.op, (grad, y, *channels[:2], weight, bias, 0, "atan", 2.0, *channels[2:], "triton")
     )
 
 

@@ -64,6 +64,6 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Autocast off on the device of x."""
     # the meta device knows no autocast
-    if x.device.type == "meta":
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)

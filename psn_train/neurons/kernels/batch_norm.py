@@ -119,8 +119,9 @@ class _NormPSN(torch.autograd.Function):
         sum_dz_n = (sum_dz_y - mean * sum_dz) * inv_std
         grad_y = None
         if ctx.needs_input_grad[0]:
-            of_y, constant = torch.zeros_like(scale), torch.zeros_like(scale)
-            if ctx.count is not None:
+            if ctx.count is None:
+                of_y, constant = torch.zeros_like(scale), torch.zeros_like(scale)
+            else:
                 means = torch.stack([sum_dz, sum_dz_n])
                 if ctx.group is not None:
                     dist.all_reduce(means, group=ctx.group)

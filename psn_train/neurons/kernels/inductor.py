@@ -8,7 +8,6 @@ Legend: T steps out, J steps in, M neurons, k taps.
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from psn_train.neurons.functional.surrogate import get_surrogate
 from psn_train.neurons.kernels import plain
+from psn_train.neurons.kernels.compiling import compile_once
 from psn_train.neurons.layout import compute_dtype, no_autocast
 
 # more products than that are left to a matrix product
@@ -30,7 +30,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, band: int) -> Tensor:
     taps = terms(x, weight, band)
     if taps is None:
         return plain.forward(x, weight, bias, band)
-    return compile_once(written_out, taps, kind=(x.dtype, weight.dtype))(_any_width(x), weight, bias)
+    sizes = ((1,), (), ())
+    return compile_once(written_out, taps, sizes=sizes, kind=(x.dtype, weight.dtype))(x, weight, bias)
 
 
 def backward(
@@ -40,8 +41,8 @@ def backward(
     taps = terms(x, weight, band)
     if taps is None:
         return plain.backward(grad, x, weight, bias, band, surrogate, alpha)
-    run = compile_once(gradients_written_out, taps, surrogate, alpha, kind=(x.dtype, weight.dtype))
-    return run(_any_width(grad), _any_width(x), weight, bias)
+    sizes, kind = ((1,), (1,), (), ()), (x.dtype, weight.dtype)
+    return compile_once(gradients_written_out, taps, surrogate, alpha, sizes=sizes, kind=kind)(grad, x, weight, bias)
 
 
 class Inlined(torch.autograd.Function):
@@ -84,15 +85,16 @@ def terms(x: Tensor, weight: Tensor, band: int) -> Taps | None:
     k = weight.shape[0] if weight.ndim == 1 else band
     # torch looks through a cache, and warns of it
     make = _terms if torch.compiler.is_compiling() else _known_terms
-    taps = make(plain.steps_out(x, weight), x.shape[0], k, weight.ndim == 1)
-    return taps if sum(map(len, taps)) <= _MOST_TERMS else None
+    return make(plain.steps_out(x, weight), x.shape[0], k, weight.ndim == 1)
 
 
-def _terms(T: int, J: int, k: int, shared: bool) -> Taps:
+def _terms(T: int, J: int, k: int, shared: bool) -> Taps | None:
     def place(t: int, j: int) -> int:
         return k - 1 - (t - j) if shared else t * J + j
 
     steps = [range(max(0, t - k + 1), t + 1) if k else range(J) for t in range(T)]
+    if sum(map(len, steps)) > _MOST_TERMS:
+        return None
     return tuple(tuple((j, place(t, j)) for j in inputs) for t, inputs in enumerate(steps))
 
 
@@ -144,20 +146,3 @@ def gradients_written_out(taps: Taps, surrogate: str, alpha: float) -> Callable[
         return grad_x.to(x.dtype), grad_weight.view_as(weight).to(weight.dtype), grad_bias
 
     return psn_backward
-
-
-@functools.cache
-def compile_once(make: Callable[..., Callable], *arguments, kind: tuple = ()) -> Callable:
-    """What `make` makes, as one graph; each has a code of its own, since torch counts how often one is compiled."""
-    made = make(*arguments)
-    name = "_".join([made.__name__, *(str(len(taps)) for taps in arguments[:1])])
-    code = made.__code__.replace(co_name=name)
-    own = types.FunctionType(code, made.__globals__, made.__name__, made.__defaults__, made.__closure__)
-    return torch.compile(own, fullgraph=True)
-
-
-def _any_width(rows: Tensor) -> Tensor:
-    """The same rows, of which code is compiled for any M."""
-    rows = rows.detach()
-    torch._dynamo.maybe_mark_dynamic(rows, 1)
-    return rows

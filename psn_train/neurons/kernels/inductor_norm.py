@@ -15,10 +15,14 @@ from torch import Tensor
 
 from psn_train.neurons.functional.surrogate import get_surrogate
 from psn_train.neurons.kernels import plain, plain_norm
-from psn_train.neurons.kernels.inductor import Taps, compile_once, potential, terms
+from psn_train.neurons.kernels.compiling import compile_once
+from psn_train.neurons.kernels.inductor import Taps, potential, terms
 from psn_train.neurons.layout import compute_dtype
 
 statistics = plain_norm.statistics
+
+# axes of any size, of [J, A, C, B] and of [C]
+_BLOCKS, _CHANNELS = (1, 2, 3), (0,)
 
 
 def norm_forward(y, scale, shift, weight, bias, band, add):
@@ -26,8 +30,9 @@ def norm_forward(y, scale, shift, weight, bias, band, add):
     taps = terms(y, weight, band)
     if taps is None:
         return plain_norm.norm_forward(y, scale, shift, weight, bias, band, add)
-    run = compile_once(_forward, taps, kind=_kind(y, weight, add))
-    return run(*_any_size(y, scale, shift), weight, bias, *_any_size(add))
+    sizes = (_BLOCKS, _CHANNELS, _CHANNELS, (), (), _BLOCKS)
+    run = compile_once(_forward, taps, sizes=sizes, kind=_kind(y, weight, add))
+    return run(y, scale, shift, weight, bias, add)
 
 
 def norm_reduce(grad, y, scale, shift, weight, bias, band, surrogate, alpha):
@@ -35,13 +40,9 @@ def norm_reduce(grad, y, scale, shift, weight, bias, band, surrogate, alpha):
     taps = terms(y, weight, band)
     if taps is None:
         return plain_norm.norm_reduce(grad, y, scale, shift, weight, bias, band, surrogate, alpha)
-    run = compile_once(_sums, taps, surrogate, alpha, kind=_kind(y, weight))
-    pairs, sums = run(*_any_size(grad, y, scale, shift), weight, bias)  # [T, J, C], [T, C]
-    full, _ = plain.coefficients(grad.shape[0], pairs.dtype, weight, bias)
-    grad_full = (pairs * scale + sums.unsqueeze(1) * shift).sum(2)
-    sum_dz = (full.sum(1, keepdim=True) * sums).sum(0)
-    sum_dz_y = (full.unsqueeze(2) * pairs).sum((0, 1))
-    return plain.of_weight(grad_full, weight), plain.of_bias(sums.sum(1), bias), sum_dz, sum_dz_y
+    sizes = (_BLOCKS, _BLOCKS, _CHANNELS, _CHANNELS, (), ())
+    run = compile_once(_sums, taps, surrogate, alpha, sizes=sizes, kind=_kind(y, weight))
+    return run(grad, y, scale, shift, weight, bias)
 
 
 def norm_backward(grad, y, scale, shift, weight, bias, band, surrogate, alpha, of_dz, of_y, constant):
@@ -51,8 +52,9 @@ def norm_backward(grad, y, scale, shift, weight, bias, band, surrogate, alpha, o
         return plain_norm.norm_backward(
             grad, y, scale, shift, weight, bias, band, surrogate, alpha, of_dz, of_y, constant
         )
-    run = compile_once(_gradient, taps, surrogate, alpha, kind=_kind(y, weight))
-    return run(*_any_size(grad, y, scale, shift), weight, bias, *_any_size(of_dz, of_y, constant))
+    sizes = (_BLOCKS, _BLOCKS, _CHANNELS, _CHANNELS, (), (), _CHANNELS, _CHANNELS, _CHANNELS)
+    run = compile_once(_gradient, taps, surrogate, alpha, sizes=sizes, kind=_kind(y, weight))
+    return run(grad, y, scale, shift, weight, bias, of_dz, of_y, constant)
 
 
 def _inputs(y: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
@@ -78,18 +80,22 @@ def _grad_h(grad, z, taps, weight, bias, surrogate, alpha) -> list[Tensor]:
     return [slope(part, alpha) * grad[t].to(part.dtype) for t, part in enumerate(h)]
 
 
-def _sums(taps: Taps, surrogate: str, alpha: float) -> Callable[..., tuple[Tensor, Tensor]]:
+def _sums(taps: Taps, surrogate: str, alpha: float) -> Callable[..., tuple[Tensor, ...]]:
     def norm_psn_sums(grad, y, scale, shift, weight, bias):
         steps, z = _inputs(y, scale, shift, compute_dtype(y, weight))
         grad_h = _grad_h(grad, z, taps, weight, bias, surrogate, alpha)
         none = torch.zeros_like(scale, dtype=z[0].dtype)
-        pairs = []
+        rows = []
         for part, products in zip(grad_h, taps, strict=True):
             inputs = {j for j, _ in products}
-            pairs.append(
-                torch.stack([(part * y_j).sum((0, 2)) if j in inputs else none for j, y_j in enumerate(steps)])
-            )
-        return torch.stack(pairs), torch.stack([part.sum((0, 2)) for part in grad_h])
+            rows.append([(part * y_j).sum((0, 2)) if j in inputs else none for j, y_j in enumerate(steps)])
+        pairs = torch.stack([torch.stack(row) for row in rows])  # [T, J, C]
+        sums = torch.stack([part.sum((0, 2)) for part in grad_h])  # [T, C]
+        full, _ = plain.coefficients(len(taps), pairs.dtype, weight, bias)
+        grad_full = (pairs * scale + sums.unsqueeze(1) * shift).sum(2)
+        sum_dz = (full.sum(1, keepdim=True) * sums).sum(0)
+        sum_dz_y = (full.unsqueeze(2) * pairs).sum((0, 1))
+        return plain.of_weight(grad_full, weight), plain.of_bias(sums.sum(1), bias), sum_dz, sum_dz_y
 
     return norm_psn_sums
 
@@ -112,16 +118,3 @@ def _gradient(taps: Taps, surrogate: str, alpha: float) -> Callable[..., Tensor]
 def _kind(y: Tensor, weight: Tensor, add: Tensor | None = None) -> tuple:
     """What code is compiled anew for."""
     return y.dtype, weight.dtype, y.shape[3] == 1, add is None
-
-
-def _any_size(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The same tensors, [J, A, C, B] or [C], for which code is compiled whatever A, C and B are; a B of 1 stays 1."""
-    found = []
-    for tensor in tensors:
-        if tensor is not None:
-            tensor = tensor.detach()
-            for axis in (1, 2, 3) if tensor.ndim == 4 else (0,):
-                if tensor.shape[axis] > 1:
-                    torch._dynamo.maybe_mark_dynamic(tensor, axis)
-        found.append(tensor)
-    return found

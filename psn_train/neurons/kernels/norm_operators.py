@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from psn_train.neurons.kernels import backends, plain
+from psn_train.neurons.kernels.operator import operator
 from psn_train.neurons.layout import compute_dtype, no_autocast
 
 
-@torch.library.custom_op("psn_train::norm_statistics", mutates_args=())
+@operator("psn_train::norm_statistics")
 def norm_statistics(y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel [C]."""
     return backends.load_norm(backend).statistics(y)
@@ -28,7 +29,7 @@ def _(y, backend):
     return kind, kind.clone()
 
 
-@torch.library.custom_op("psn_train::norm_psn", mutates_args=())
+@operator("psn_train::norm_psn")
 def norm_psn(
     y: Tensor,
     scale: Tensor,
@@ -49,7 +50,7 @@ def _(y, scale, shift, weight, bias, band, add, backend):
     return y.new_empty(plain.steps_out(y, weight), *y.shape[1:])
 
 
-@torch.library.custom_op("psn_train::norm_psn_sums", mutates_args=())
+@operator("psn_train::norm_psn_sums")
 def norm_psn_sums(
     grad: Tensor,
     y: Tensor,
@@ -73,7 +74,7 @@ def _(grad, y, scale, shift, weight, bias, band, surrogate, alpha, backend):
     return torch.empty_like(weight), torch.empty_like(bias), by_channel, by_channel.clone()
 
 
-@torch.library.custom_op("psn_train::norm_psn_backward", mutates_args=())
+@operator("psn_train::norm_psn_backward")
 def norm_psn_backward(
     grad: Tensor,
     y: Tensor,

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from psn_train.neurons.kernels import backends, plain
+from psn_train.neurons.kernels.operator import operator
 from psn_train.neurons.layout import no_autocast
 
 
-@torch.library.custom_op("psn_train::psn", mutates_args=())
+@operator("psn_train::psn")
 def psn(x: Tensor, weight: Tensor, bias: Tensor, band: int, surrogate: str, alpha: float, backend: str) -> Tensor:
     """S = Theta(W X + B). x [J, M] -> spikes [T, M], contiguous.
 
@@ -39,7 +40,7 @@ def _(x, weight, bias, band, surrogate, alpha, backend):
     return x.new_empty(plain.steps_out(x, weight), x.shape[1])
 
 
-@torch.library.custom_op("psn_train::psn_backward", mutates_args=())
+@operator("psn_train::psn_backward")
 def psn_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, band: int, surrogate: str, alpha: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,13 +54,21 @@ def _(grad, x, weight, bias, band, surrogate, alpha, backend):
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
 
 
-def _setup(ctx, inputs, output):
-    x, weight, bias, *ctx.constants = inputs
-    ctx.save_for_backward(x, weight, bias)
+class _Formula(torch.autograd.Function):
+    """psn with its gradients, of x, weight and bias."""
+
+    @staticmethod
+    def forward(x, weight, bias, *constants):
+        return psn.function(x, weight, bias, *constants)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, *ctx.constants = inputs
+        ctx.save_for_backward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *psn_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.constants), None, None, None, None
 
 
-def _backward(ctx, grad):
-    return *psn_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.constants), None, None, None, None
-
-
-psn.register_autograd(_backward, setup_context=_setup)
+psn.register_autograd(_Formula)

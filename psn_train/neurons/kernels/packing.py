@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from psn_train.neurons.kernels import backends, bits
-from psn_train.neurons.kernels.inductor import compile_once
+from psn_train.neurons.kernels.compiling import compile_once
+from psn_train.neurons.kernels.operator import operator
 from psn_train.neurons.layout import memory_order
 
 
@@ -82,7 +83,7 @@ def unpack(code: Tensor, form: Form) -> Tensor:
     return flat.view(shape).permute([form.order.index(axis) for axis in range(len(shape))])
 
 
-@torch.library.custom_op("psn_train::pack_values", mutates_args=())
+@operator("psn_train::pack_values")
 def pack_values(x: Tensor, most: int, parts: int, backend: str) -> Tensor:
     """x [M] of n / parts, n at most `most` -> uint8 [ceil(M / 8)] where these are spikes, else [M]."""
     return _encode(x, Levels(most, parts), backend)
@@ -93,7 +94,7 @@ def _(x, most, parts, backend):
     return x.new_empty(-(-x.shape[0] // 8) if (most, parts) == SPIKES else x.shape[0], dtype=torch.uint8)
 
 
-@torch.library.custom_op("psn_train::unpack_values", mutates_args=())
+@operator("psn_train::unpack_values")
 def unpack_values(code: Tensor, count: int, most: int, parts: int, dtype: torch.dtype, backend: str) -> Tensor:
     """What `pack_values` packed, [M] of `dtype`."""
     return _decode(code, count, Levels(most, parts), dtype, backend)
@@ -174,9 +175,8 @@ def _run(make, kind: torch.dtype, flat: Tensor, *arguments):
     """Compiled code for any M; inside of a graph that is being compiled, its lines."""
     if torch.compiler.is_compiling():
         return make()(flat, *arguments)
-    flat = flat.detach()
-    torch._dynamo.maybe_mark_dynamic(flat, flat.ndim - 1)
-    return compile_once(make, kind=(kind,))(flat, *arguments)
+    sizes = ((flat.ndim - 1,), *(() for _ in arguments))
+    return compile_once(make, sizes=sizes, kind=(kind,))(flat, *arguments)
 
 
 def _planes_to_bytes():
