@@ -11,7 +11,8 @@ from torch.nn.functional import avg_pool2d
 
 import psn_train.models  # noqa: F401
 from psn_train.models.lean import run_again
-from psn_train.models.packed_layers import Join, SpikeAvgPool1d, SpikeAvgPool2d, SpikeConv2d, SpikeMaxPool2d, set_memory
+from psn_train.models.packed_layers import Join, SpikeConv2d, set_memory
+from psn_train.models.packed_pools import SpikeAvgPool1d, SpikeAvgPool2d, SpikeMaxPool2d
 from psn_train.neurons import kernels
 from psn_train.neurons.kernels.packing import SPIKES, Levels, can_tell_apart, pack, table
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from psn_train.models.blocks import ConvNeuron, per_image
 from psn_train.models.network import SpikingNetwork
-from psn_train.models.packed_layers import SpikeAvgPool1d, SpikeAvgPool2d
+from psn_train.models.packed_pools import SpikeAvgPool1d, SpikeAvgPool2d
 from psn_train.models.registration import register_family
 from psn_train.neurons.kernels.packing import SPIKES, Levels
 

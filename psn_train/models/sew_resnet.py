@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from psn_train.models.blocks import BasicBlock, Block, Bottleneck, conv, layer, per_image
 from psn_train.models.network import SpikingNetwork, choose
-from psn_train.models.packed_layers import CONNECT_FUNCTIONS, SpikeAvgPool2d, SpikeMaxPool2d
+from psn_train.models.packed_layers import CONNECT_FUNCTIONS
+from psn_train.models.packed_pools import SpikeAvgPool2d, SpikeMaxPool2d
 from psn_train.models.registration import register_family
 from psn_train.neurons.kernels.packing import SPIKES, Levels
 

@@ -113,7 +113,8 @@ def _direct(arguments: list, result, compiled: Callable, inputs: tuple, results)
 def compile_once(make: Callable[..., Callable], *arguments, sizes: Sizes, kind: tuple = ()) -> CompiledFunction:
     """What `make` makes, compiled; each has a code of its own, since torch counts how often one is compiled."""
     made = make(*arguments)
-    name = "_".join([made.__name__, *(str(len(taps)) for taps in arguments[:1])])
+    # what a profiler shows: the number of steps with it
+    name = "_".join([made.__name__, *(str(len(value)) for value in arguments[:1] if isinstance(value, tuple))])
     code = made.__code__.replace(co_name=name)
     own = types.FunctionType(code, made.__globals__, made.__name__, made.__defaults__, made.__closure__)
     return CompiledFunction(own, sizes)

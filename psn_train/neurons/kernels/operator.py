@@ -16,6 +16,7 @@ def nobody_looks_on(x: Tensor) -> bool:
     """Whether an operator on x is called for its result alone: no tracing, no mode, no transform, no subclass."""
     return (
         type(x) in (Tensor, nn.Parameter)
+        and not x.is_meta
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
