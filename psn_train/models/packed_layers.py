@@ -95,14 +95,16 @@ class Settings(NamedTuple):
 
 
 class _PackedConv(torch.autograd.Function):
-    """x [N, C, ...] -> y [N, C', ...]; of x its code is kept."""
+    """x [N, C, ...] -> y [N, C', ...]; of x its code is kept, of the weight what was computed with, if `keep_cast`."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, code, form, settings):
-        ctx.save_for_backward(weight, code)
+    def forward(ctx, x, weight, bias, code, form, settings, keep_cast):
+        ctx.weight_dtype = weight.dtype
+        cast = weight.to(x.dtype)
+        ctx.save_for_backward(cast if keep_cast else weight, code)
         ctx.form, ctx.settings = form, settings
         ctx.bias_size, ctx.bias_dtype = (None, None) if bias is None else ([bias.shape[0]], bias.dtype)
-        return settings.run(x, weight, bias)
+        return settings.run(x, cast, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -123,9 +125,9 @@ class _PackedConv(torch.autograd.Function):
             groups,
             ctx.needs_input_grad[:3],
         )
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_weight = None if grad_weight is None else grad_weight.to(ctx.weight_dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 class _Conv(FewLevels):
@@ -136,7 +138,11 @@ class _Conv(FewLevels):
         packed = self.pack(x) if packed is None else packed
         if packed is None:
             return super().forward(x)
-        return _PackedConv.apply(as_computed(x), self.weight, self.bias, packed.code, packed.form, self._settings())
+        # a cast takes as long as a small convolution, and memory that does not grow with the batch
+        keep_cast = self.memory == "packed"
+        return _PackedConv.apply(
+            as_computed(x), self.weight, self.bias, packed.code, packed.form, self._settings(), keep_cast
+        )
 
     def again(self, packed: Packed) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
         """How the output can be had from the code of its input: a function and its arguments."""
