@@ -15,6 +15,12 @@ from torch import Tensor
 
 # sets of shapes that a function remembers; there are a few dozen in a network
 _MOST_KNOWN = 1024
+# loops over the same numbers are made one, and nothing between them is written to memory
+_OPTIONS = {
+    "realize_opcount_threshold": 100_000,
+    "realize_reads_threshold": 100_000,
+    "cpp.max_horizontal_fusion_size": 1024,
+}
 # for each argument, the axes along which it may have any size
 Sizes = tuple[tuple[int, ...], ...]
 
@@ -67,7 +73,7 @@ class CompiledFunction:
         return value
 
     def _compile(self, graph, examples):
-        compiled = torch._dynamo.lookup_backend("inductor")(graph, examples)
+        compiled = torch._dynamo.lookup_backend("inductor")(graph, examples, config_patches=_OPTIONS)
 
         def run(*inputs):
             results = compiled(*inputs)
@@ -107,6 +113,17 @@ def _direct(arguments: list, result, compiled: Callable, inputs: tuple, results)
 
     single = isinstance(result, Tensor)
     return run
+
+
+@functools.cache
+def part_of(count: int) -> int:
+    """How many numbers to sum at a time of `count`, where there is a divisor that will do; else `count`.
+
+    What is summed stays in a cache. Sums of more than 4096 numbers Inductor makes by pairs, for the sake of their
+    rounding errors, and several times slower; those of parts have errors as small.
+    """
+    part = max(part for part in range(1, min(count, 512) + 1) if count % part == 0)
+    return part if part >= 16 else count
 
 
 @functools.cache

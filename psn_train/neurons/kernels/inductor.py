@@ -15,7 +15,7 @@ from torch import Tensor
 
 from psn_train.neurons.functional.surrogate import get_surrogate
 from psn_train.neurons.kernels import plain
-from psn_train.neurons.kernels.compiling import compile_once
+from psn_train.neurons.kernels.compiling import compile_once, part_of
 from psn_train.neurons.layout import compute_dtype, no_autocast
 
 # more products than that are left to a matrix product
@@ -41,8 +41,12 @@ def backward(
     taps = terms(x, weight, band)
     if taps is None:
         return plain.backward(grad, x, weight, bias, band, surrogate, alpha)
-    sizes, kind = ((1,), (1,), (), ()), (x.dtype, weight.dtype)
-    return compile_once(gradients_written_out, taps, surrogate, alpha, sizes=sizes, kind=kind)(grad, x, weight, bias)
+    J, M = x.shape
+    parts = M // part_of(M) if M else 1
+    sizes, kind = ((1, 2), (1, 2), (), ()), (x.dtype, weight.dtype, parts == 1)
+    run = compile_once(gradients_written_out, taps, surrogate, alpha, sizes=sizes, kind=kind)
+    grad_x, grad_weight, grad_bias = run(grad.view(-1, parts, M // parts), x.view(J, parts, -1), weight, bias)
+    return grad_x.view(J, M), grad_weight, grad_bias
 
 
 class Inlined(torch.autograd.Function):
@@ -113,19 +117,24 @@ def potential(x: list[Tensor], taps: Taps, weight: Tensor, bias: Tensor) -> list
     return h
 
 
+def fired(h: Tensor, dtype: torch.dtype) -> Tensor:
+    """Spikes of `dtype`. A mask becomes numbers of h's type first: Inductor makes bfloat16 of masks one by one."""
+    return (h >= 0).to(h.dtype).to(dtype)
+
+
 def written_out(taps: Taps) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """(x [J, M], weight, bias) -> spikes [T, M]."""
 
     def psn_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         dtype = compute_dtype(x, weight)
         h = potential(list(x.to(dtype).unbind(0)), taps, weight.to(dtype).flatten(), bias.to(dtype))
-        return torch.stack([(part >= 0).to(x.dtype) for part in h])
+        return torch.stack([fired(part, x.dtype) for part in h])
 
     return psn_forward
 
 
 def gradients_written_out(taps: Taps, surrogate: str, alpha: float) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """(grad [T, M], x [J, M], weight, bias) -> their gradients, of x, weight and bias."""
+    """(grad [T, ...], x [J, ...], weight, bias) -> their gradients, of x, weight and bias; sums are of rows first."""
     slope = get_surrogate(surrogate).derivative
 
     def psn_backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,11 +147,11 @@ def gradients_written_out(taps: Taps, surrogate: str, alpha: float) -> Callable[
         for t, products in enumerate(taps):
             for j, place in products:
                 of_x[j].append(flat[place] * grad_h[t])
-                of_weight[place].append((grad_h[t] * rows[j]).sum())
+                of_weight[place].append((grad_h[t] * rows[j]).sum(-1).sum())
         nothing, none = torch.zeros_like(rows[0]), flat.new_zeros(())
         grad_x = torch.stack([sum(parts[1:], parts[0]) if parts else nothing for parts in of_x])
         grad_weight = torch.stack([sum(parts[1:], parts[0]) if parts else none for parts in of_weight])
-        grad_bias = plain.of_bias(torch.stack([part.sum() for part in grad_h]), bias)
+        grad_bias = plain.of_bias(torch.stack([part.sum(-1).sum() for part in grad_h]), bias)
         return grad_x.to(x.dtype), grad_weight.view_as(weight).to(weight.dtype), grad_bias
 
     return psn_backward

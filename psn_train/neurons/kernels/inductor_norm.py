@@ -15,14 +15,16 @@ from torch import Tensor
 
 from psn_train.neurons.functional.surrogate import get_surrogate
 from psn_train.neurons.kernels import plain, plain_norm
-from psn_train.neurons.kernels.compiling import compile_once
-from psn_train.neurons.kernels.inductor import Taps, potential, terms
+from psn_train.neurons.kernels.compiling import compile_once, part_of
+from psn_train.neurons.kernels.inductor import Taps, fired, potential, terms
 from psn_train.neurons.layout import compute_dtype
 
 statistics = plain_norm.statistics
 
 # axes of any size, of [J, A, C, B] and of [C]
 _BLOCKS, _CHANNELS = (1, 2, 3), (0,)
+# of [J, parts, A / parts, C, B], A split for sums
+_PARTS = (1, 2, 3, 4)
 
 
 def norm_forward(y, scale, shift, weight, bias, band, add):
@@ -40,9 +42,11 @@ def norm_reduce(grad, y, scale, shift, weight, bias, band, surrogate, alpha):
     taps = terms(y, weight, band)
     if taps is None:
         return plain_norm.norm_reduce(grad, y, scale, shift, weight, bias, band, surrogate, alpha)
-    sizes = (_BLOCKS, _BLOCKS, _CHANNELS, _CHANNELS, (), ())
-    run = compile_once(_sums, taps, surrogate, alpha, sizes=sizes, kind=_kind(y, weight))
-    return run(grad, y, scale, shift, weight, bias)
+    J, A, C, B = y.shape
+    parts = A // part_of(A)
+    sizes = (_PARTS, _PARTS, _CHANNELS, _CHANNELS, (), ())
+    run = compile_once(_sums, taps, surrogate, alpha, sizes=sizes, kind=(*_kind(y, weight), parts == 1))
+    return run(grad.view(-1, parts, A // parts, C, B), y.view(J, parts, -1, C, B), scale, shift, weight, bias)
 
 
 def norm_backward(grad, y, scale, shift, weight, bias, band, surrogate, alpha, of_dz, of_y, constant):
@@ -59,7 +63,7 @@ def norm_backward(grad, y, scale, shift, weight, bias, band, surrogate, alpha, o
 
 def _inputs(y: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     """y and z of each step."""
-    steps = list(y.to(dtype).unbind(0))  # J of [A, C, B]
+    steps = list(y.to(dtype).unbind(0))  # J of [..., C, B]
     return steps, [step * scale.unsqueeze(1) + shift.unsqueeze(1) for step in steps]
 
 
@@ -68,8 +72,8 @@ def _forward(taps: Taps) -> Callable[..., Tensor]:
         dtype = compute_dtype(y, weight)
         _, z = _inputs(y, scale, shift, dtype)
         h = potential(z, taps, weight.to(dtype).flatten(), bias.to(dtype))
-        spikes = torch.stack([(part >= 0).to(y.dtype) for part in h])
-        return spikes if add is None else add + spikes
+        spikes = [fired(part, y.dtype) for part in h]
+        return torch.stack(spikes if add is None else [add[t] + part for t, part in enumerate(spikes)])
 
     return norm_psn_forward
 
@@ -84,13 +88,13 @@ def _sums(taps: Taps, surrogate: str, alpha: float) -> Callable[..., tuple[Tenso
     def norm_psn_sums(grad, y, scale, shift, weight, bias):
         steps, z = _inputs(y, scale, shift, compute_dtype(y, weight))
         grad_h = _grad_h(grad, z, taps, weight, bias, surrogate, alpha)
-        none = torch.zeros_like(scale, dtype=z[0].dtype)
+        none = torch.zeros_like(grad_h[0][:, 0, :, 0])
         rows = []
         for part, products in zip(grad_h, taps, strict=True):
             inputs = {j for j, _ in products}
-            rows.append([(part * y_j).sum((0, 2)) if j in inputs else none for j, y_j in enumerate(steps)])
-        pairs = torch.stack([torch.stack(row) for row in rows])  # [T, J, C]
-        sums = torch.stack([part.sum((0, 2)) for part in grad_h])  # [T, C]
+            rows.append([(part * y_j).sum((1, 3)) if j in inputs else none for j, y_j in enumerate(steps)])
+        pairs = torch.stack([torch.stack(row) for row in rows]).sum(2)  # [T, J, parts, C] -> [T, J, C]
+        sums = torch.stack([part.sum((1, 3)) for part in grad_h]).sum(1)  # [T, C]
         full, _ = plain.coefficients(len(taps), pairs.dtype, weight, bias)
         grad_full = (pairs * scale + sums.unsqueeze(1) * shift).sum(2)
         sum_dz = (full.sum(1, keepdim=True) * sums).sum(0)
