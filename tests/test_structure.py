@@ -22,7 +22,8 @@ ROOMS = {
     "data": {"recipe"},
     "training": {"recipe", "neurons", "models", "data"},
     "plan": {"recipe", "neurons", "models", "data", "training"},
-    "publish": {"recipe", "neurons", "models", "data", "training"},
+    "energy": {"recipe", "neurons", "models", "data", "training"},
+    "publish": {"recipe", "neurons", "models", "data", "training", "energy"},
     "bench": {"recipe", "neurons", "models", "data", "training"},
 }
 # what sees everything -> who may import it
