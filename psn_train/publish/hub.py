@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
+from psn_train.data.cache import open_cache
 from psn_train.data.event_index import check_kind, check_one_split, check_trained_sensor
 from psn_train.data.fetch import hide_password
 from psn_train.data.index import ShardIndex, load_index
+from psn_train.data.reader import SampleReader
 from psn_train.models.folding import fold_batch_norm
 from psn_train.neurons import get_lambda
 from psn_train.recipe import Recipe, saved_recipe
 from psn_train.training.build import load_network
 from psn_train.training.checkpoint import CheckpointError, find_checkpoint, last_checkpoint, read_best, read_meta
+from psn_train.training.evaluate import evaluate, make_eval_loader
 from psn_train.training.results import results_of_checkpoint, weights_of
 from psn_train.training.storage import place
 
@@ -224,7 +230,19 @@ def _device(name: str | None) -> torch.device:
     return place
 
 
-def evaluate_folder(
+@dataclass(frozen=True)
+class OnShards:
+    """A network on the device, in eval mode, and what it is to be run on."""
+
+    model: nn.Module
+    recipe: Recipe
+    meta: dict
+    index: ShardIndex
+    loader: DataLoader
+    device: torch.device
+
+
+def open_on_shards(
     where: str | os.PathLike,
     shards: str,
     *,
@@ -233,18 +251,20 @@ def evaluate_folder(
     batch_size: int = 64,
     workers: int = 2,
     device: str | None = None,
-    firing: bool = True,
     fold: bool = False,
-    on_batch=None,
-):
-    """Evaluate a run, a checkpoint or a timm folder on shards; see `training.evaluate.evaluate`.
+    samples: int | None = None,
+) -> OnShards:
+    """A run, a checkpoint or a timm folder, with shards that it can be run on: checked before a device is touched.
 
-    fold: the network as it is used for inference, its batch norms in its convolutions.
+    Args:
+        prefer, weights: see `load_any`.
+        fold: the network as it is used for inference, its batch norms in its convolutions.
+        samples: so many at most, spread evenly over the shards; None: all.
+
+    Raises:
+        CheckpointError, ShardError, ValueError: what `load_any` refuses; shards of another kind, split, sensor, or of
+            more classes.
     """
-    from psn_train.data.cache import open_cache
-    from psn_train.data.reader import SampleReader
-    from psn_train.training.evaluate import evaluate, make_eval_loader
-
     index = load_index(shards)
     model, recipe, meta = load_any(where, prefer=prefer, weights=weights)
     model = fold_batch_norm(model) if fold else model
@@ -260,6 +280,30 @@ def evaluate_folder(
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
     place = _device(device)
     reader = SampleReader(index, open_cache(recipe.data, Path(where) / "shards"))
-    loader = make_eval_loader(recipe, reader, batch_size=batch_size, device=place)
-    result = evaluate(model.to(place), recipe, loader, device=place, firing=firing, on_batch=on_batch)
-    return result, recipe, meta
+    ids = None
+    if samples is not None and samples < index.num_samples:
+        ids = (np.arange(samples) * index.num_samples) // samples
+    loader = make_eval_loader(recipe, reader, batch_size=batch_size, device=place, ids=ids)
+    return OnShards(model.to(place), recipe, meta, index, loader, place)
+
+
+def evaluate_folder(
+    where: str | os.PathLike,
+    shards: str,
+    *,
+    prefer: str = "best",
+    weights: str = "auto",
+    batch_size: int = 64,
+    workers: int = 2,
+    device: str | None = None,
+    firing: bool = True,
+    fold: bool = False,
+    on_batch=None,
+):
+    """Evaluate a run, a checkpoint or a timm folder on shards; see `open_on_shards` and `evaluate`."""
+    opened = open_on_shards(
+        where, shards, prefer=prefer, weights=weights, batch_size=batch_size, workers=workers, device=device, fold=fold
+    )
+    model, recipe = opened.model, opened.recipe
+    result = evaluate(model, recipe, opened.loader, device=opened.device, firing=firing, on_batch=on_batch)
+    return result, recipe, opened.meta
