@@ -1,12 +1,13 @@
-"""`psn energy`."""
+"""`psn energy`, `psn compare`."""
 
 from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
-from psn_train.cli.arguments import count, positive
+from psn_train.cli.arguments import count, positive, seconds
 
 
 def add(verbs, verb) -> None:
@@ -23,9 +24,25 @@ def add(verbs, verb) -> None:
     )
     energy.add_argument("--latex", action="store_true", help="print a row of a LaTeX table in place of tables")
 
+    compare = verb("compare", _compare, "two networks on the same samples, with a paired test; or two recipes")
+    for letter in ("A", "B"):
+        compare.add_argument(letter.lower(), metavar=letter, help="what `psn eval` takes, or a recipe's file or name")
+    _add_shards(compare, required=False)
+    compare.add_argument("--without", nargs="+", default=[], choices=("speed", "energy"), help="parts to be left out")
+    compare.add_argument(
+        "--energy-samples", type=count, default=200, metavar="N", help="of them, for energy (default: %(default)s)"
+    )
+    compare.add_argument(
+        "--speed-batch", type=count, default=16, metavar="N", help="samples of a timed batch (default: %(default)s)"
+    )
+    compare.add_argument(
+        "--speed-seconds", type=seconds, default=10.0, help="that both are timed in turns (default: %(default)g)"
+    )
+    compare.add_argument("--json", metavar="FILE", help="write everything; - prints it in place of tables")
 
-def _add_shards(parser) -> None:
-    parser.add_argument("--shards", required=True, help="folder or URL of shards with an index.json")
+
+def _add_shards(parser, required: bool = True) -> None:
+    parser.add_argument("--shards", required=required, help="folder or URL of shards with an index.json")
     parser.add_argument("--samples", type=count, help="so many at most, spread over the shards (default: all)")
     parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run")
     parser.add_argument(
@@ -36,20 +53,20 @@ def _add_shards(parser) -> None:
     parser.add_argument("--device", help="such as cuda:1; by default a GPU if there is one")
 
 
-def _progress(text: str, total: int):
-    """A bar on stderr, if that is a terminal; a context that gives the function to call with a number of samples."""
-    from contextlib import contextmanager
-
+@contextmanager
+def _progress():
+    """A bar for each part on stderr, if that is a terminal; gives (begin a part, advance it by samples)."""
     from rich.console import Console
     from rich.progress import Progress
 
-    @contextmanager
-    def shown():
-        with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-            task = progress.add_task(text, total=total)
-            yield lambda samples: progress.advance(task, samples)
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        tasks = []
 
-    return shown()
+        def begin(text: str, total: int) -> None:
+            # None: there is no telling
+            tasks.append(progress.add_task(text, total=total or None))
+
+        yield begin, lambda samples: progress.advance(tasks[-1], samples)
 
 
 def _check_file(path: str | None, option: str) -> None:
@@ -79,10 +96,10 @@ def _energy(options) -> int:
         device=options.device,
         samples=options.samples,
     )
-    total = opened.loader.dataset.num_samples
-    with _progress("counting", total) as advance:
+    with _progress() as (begin, advance):
+        begin("counting", len(opened.ids))
         report = measure_energy(
-            opened.model, opened.recipe, opened.loader, device=opened.device, costs=costs, on_batch=advance
+            opened.model, opened.recipe, opened.loader(), device=opened.device, costs=costs, on_batch=advance
         )
     counted = weights_text(options.checkpoint, opened.meta, options.which)
     document = {"counted": counted, "shards": options.shards, **report.to_dict()}
@@ -94,9 +111,44 @@ def _energy(options) -> int:
     else:
         show_energy(report)
         print(f"counted: {counted}")
-    if options.json is not None:
+    _write(options.json, document)
+    return 0
+
+
+def _write(path: str | None, document: dict) -> None:
+    if path is not None:
         from psn_train.data.resume import save_json
 
-        save_json(options.json, document)
-        print(f"written: {options.json}", file=sys.stderr)
+        save_json(path, document)
+        print(f"written: {path}", file=sys.stderr)
+
+
+def _compare(options) -> int:
+    from psn_train.compare import compare
+    from psn_train.compare.show import show_comparison
+
+    _check_file(options.json, "--json")
+    with _progress() as (begin, advance):
+        document = compare(
+            options.a,
+            options.b,
+            options.shards,
+            prefer=options.which,
+            weights=options.weights,
+            on_start=begin,
+            on_batch=advance,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            device=options.device,
+            samples=options.samples,
+            energy_samples=options.energy_samples,
+            speed_batch=options.speed_batch,
+            speed_seconds=options.speed_seconds,
+            without=options.without,
+        )
+    if options.json == "-":
+        print(json.dumps(document, indent=1))
+        return 0
+    show_comparison(document)
+    _write(options.json, document)
     return 0

@@ -153,14 +153,14 @@ def _count_synapses(layer: Synapses, x: Tensor, output: Tensor) -> None:
         by_place = by_place.sum(dim=0)  # [...] of space
         outputs = module.out_channels // module.groups
         dense = output[0].numel() * module.in_channels // module.groups * math.prod(module.kernel_size)
-        uses = _uses(module, x.shape[2:], output.shape[2:]).to(by_place.device)
-        connected = float(uses.sum()) * module.in_channels * outputs
-        reached = (by_place * uses).sum() * outputs
+        per_place = _uses(module, x.shape[2:], output.shape[2:])
+        connected = float(per_place.sum()) * module.in_channels * outputs
+        reached = (by_place * per_place.to(by_place.device)).sum() * outputs
     layer.dense += dense * passes
     layer.connected += connected * passes
     layer.add("sum", by_place.sum())
     layer.add("reached", reached)
-    layer.add("nonzero", x.count_nonzero())
+    layer.add("nonzero", (x != 0).sum())
     layer.add("above_one", (x > 1).sum())
     # what is no sum of spikes
     layer.add("broken", ((x < 0) | (x != x.round())).sum())
@@ -168,11 +168,13 @@ def _count_synapses(layer: Synapses, x: Tensor, output: Tensor) -> None:
 
 def _uses(module: nn.Conv1d | nn.Conv2d, size: torch.Size, out: torch.Size) -> Tensor:
     """float64 [...] of space: by how many (output, tap) pairs each place of the input is used."""
-    uses = torch.ones((), dtype=torch.float64)
+    # computed on the CPU, whatever the default device
+    uses = torch.ones((), dtype=torch.float64, device="cpu")
     padding = module.padding if not isinstance(module.padding, str) else _named_padding(module)
     for axis, length in enumerate(size):
         kernel, stride, dilation = module.kernel_size[axis], module.stride[axis], module.dilation[axis]
-        places = torch.arange(out[axis])[:, None] * stride + torch.arange(kernel) * dilation - padding[axis]
+        first = torch.arange(out[axis], device="cpu") * stride - padding[axis]
+        places = first[:, None] + torch.arange(kernel, device="cpu") * dilation
         places = places[(places >= 0) & (places < length)]
         uses = uses[..., None] * torch.bincount(places, minlength=length).double()
     return uses

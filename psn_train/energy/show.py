@@ -8,20 +8,24 @@ from rich.table import Table
 from psn_train.energy.report import CONVENTION, EnergyReport
 
 LATEX_COLUMNS = (
-    "network",
-    "T",
-    "MACs (G)",
-    "accumulates (G)",
-    "neurons' MACs (G)",
-    "energy (mJ)",
-    "ANN (mJ)",
-    "ANN / SNN",
+    *("network", "T", "MACs (M)", "accumulates (M)", "neurons' MACs (M)", "neurons' accumulates (M)"),
+    *("energy (mJ)", "ANN (mJ)", "ANN / SNN"),
 )
+# of the summary, as the columns stand
+_KEYS = ("macs", "accumulates", "neuron_macs", "neuron_accumulates")
+
+
+def wide_console() -> Console:
+    """The terminal; what is written to a file or a pipe has room for the names of layers."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = max(console.width, 150)
+    return console
 
 
 def show_energy(report: EnergyReport, console: Console | None = None) -> None:
     """Print the layers, the totals and what other ways of counting give."""
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or wide_console()
     title = f"{report.network} on inputs {list(report.input_shape)}: millions of operations of a sample"
     table = Table("layer", "what it is", "input", title=title)
     for head in ("passes", "mean in", "MACs", "accumulates", "uJ"):
@@ -55,11 +59,10 @@ def _totals(report: EnergyReport) -> Table:
     table = Table("counted", title=title)
     for head in ("MACs", "accumulates", "neurons' MACs", "neurons' acc.", "mJ", "ANN / SNN"):
         table.add_column(head, justify="right")
-    keys = ("macs", "accumulates", "neuron_macs", "neuron_accumulates")
     for name, found in report.conventions().items():
         ratio = ann["ann_energy_mj"] / found["energy_mj"] if found["energy_mj"] else float("inf")
         label = "as above" if name == "counted" else found["what"]
-        table.add_row(label, *(_millions(found[key]) for key in keys), f"{found['energy_mj']:.4f}", f"{ratio:.2f}")
+        table.add_row(label, *(_millions(found[key]) for key in _KEYS), f"{found['energy_mj']:.4f}", f"{ratio:.2f}")
     table.add_section()
     table.add_row(
         "the same network as an ANN", _millions(ann["ann_macs"]), "", "", "", f"{ann['ann_energy_mj']:.4f}", ""
@@ -77,9 +80,9 @@ def latex_row(report: EnergyReport) -> str:
     cells = [
         report.network.replace("_", r"\_"),
         f"{report.T:g}",
-        *(f"{total[key] / 1e9:.3f}" for key in ("macs", "accumulates", "neuron_macs")),
-        f"{total['energy_mj']:.3f}",
-        f"{total['ann_energy_mj']:.3f}",
+        *(f"{total[key] / 1e6:.2f}" for key in _KEYS),
+        f"{total['energy_mj']:.4f}",
+        f"{total['ann_energy_mj']:.4f}",
         f"{total['ann_energy_mj'] / total['energy_mj']:.2f}" if total["energy_mj"] else "--",
     ]
     return f"% {' & '.join(LATEX_COLUMNS)}\n{' & '.join(cells)} \\\\"

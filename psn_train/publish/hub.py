@@ -216,7 +216,12 @@ def shown_recipe(recipe: Recipe) -> dict:
     return document
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU if there is one.
+
+    Raises:
+        ValueError: it is not to be had.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -237,9 +242,27 @@ class OnShards:
     model: nn.Module
     recipe: Recipe
     meta: dict
-    index: ShardIndex
-    loader: DataLoader
+    reader: SampleReader
+    batch_size: int
     device: torch.device
+    ids: np.ndarray
+    """int64 [samples], places in the index."""
+
+    @property
+    def index(self) -> ShardIndex:
+        return self.reader.index
+
+    def loader(self, samples: int | None = None) -> DataLoader:
+        """Batches of the samples; of so many at most, spread evenly over them."""
+        ids = spread(self.ids, samples)
+        return make_eval_loader(self.recipe, self.reader, batch_size=self.batch_size, device=self.device, ids=ids)
+
+
+def spread(ids: np.ndarray, samples: int | None) -> np.ndarray:
+    """So many of them at most, at even distances: shards may lie in the order of their classes."""
+    if samples is None or samples >= len(ids):
+        return ids
+    return ids[(np.arange(samples) * len(ids)) // samples]
 
 
 def open_on_shards(
@@ -278,13 +301,10 @@ def open_on_shards(
             f"{where} tells {model.num_classes} classes apart, {shards} has {len(index.classes)}; other data?"
         )
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
-    place = _device(device)
+    place = choose_device(device)
     reader = SampleReader(index, open_cache(recipe.data, Path(where) / "shards"))
-    ids = None
-    if samples is not None and samples < index.num_samples:
-        ids = (np.arange(samples) * index.num_samples) // samples
-    loader = make_eval_loader(recipe, reader, batch_size=batch_size, device=place, ids=ids)
-    return OnShards(model.to(place), recipe, meta, index, loader, place)
+    ids = spread(np.arange(index.num_samples), samples)
+    return OnShards(model.to(place), recipe, meta, reader, batch_size, place, ids)
 
 
 def evaluate_folder(
@@ -305,5 +325,5 @@ def evaluate_folder(
         where, shards, prefer=prefer, weights=weights, batch_size=batch_size, workers=workers, device=device, fold=fold
     )
     model, recipe = opened.model, opened.recipe
-    result = evaluate(model, recipe, opened.loader, device=opened.device, firing=firing, on_batch=on_batch)
+    result = evaluate(model, recipe, opened.loader(), device=opened.device, firing=firing, on_batch=on_batch)
     return result, recipe, opened.meta
