@@ -2,9 +2,12 @@
 
 import json
 import re
+import shutil
 
 import pytest
+import timm
 from conftest import merged, small_document
+from timm.models import save_for_hf
 
 from psn_train.cli import main
 from psn_train.recipe import check_recipe
@@ -85,3 +88,95 @@ def test_what_energy_refuses(runs, digit_shards, psn, tmp_path):
     ):
         status, out, err = psn("energy", *words)
         assert (status, out) == (2, "") and says in err and len(re.findall("^psn: ", err, re.MULTILINE)) == 1
+
+
+# ---- compare
+
+
+def test_compare_on_the_same_samples(runs, digit_shards, psn, tmp_path):
+    options = ("--shards", digit_shards / "val", "--workers", 0, "--device", "cpu")
+    quick = ("--speed-seconds", 0.2, "--speed-batch", 4, "--energy-samples", 10)
+    status, out, _ = psn("compare", runs / "psn", runs / "lif", *options, *quick, "--json", tmp_path / "c.json")
+    assert status == 0 and "McNemar" in out and "layer4.0.sn2" in out and "timed in turns" in out
+    document = json.loads((tmp_path / "c.json").read_text())
+    answers = document["answers"]
+    assert sum(answers[key] for key in ("both_right", "only_a", "only_b", "both_wrong")) == answers["count"] == 50
+    for letter, name in (("A", "psn"), ("B", "lif")):
+        # as each is alone
+        _, alone, _ = psn("eval", runs / name, *options, "--json")
+        alone = json.loads(alone)
+        assert document[f"result_{letter}"]["top1"] == alone["top1"]
+        assert {layer: found[letter] for layer, found in document["firing"].items()} == alone["firing"]
+        right = answers["both_right"] + answers["only_a" if letter == "A" else "only_b"]
+        assert 100 * right / 50 == pytest.approx(alone["top1"])
+        _, counted, _ = psn("energy", runs / name, *options, "--samples", 10, "--json", "-")
+        assert document["energy"][letter]["energy_mj"] == json.loads(counted)["energy_mj"]
+        assert document["speed"][letter]["samples_per_s"] > 0 and document["speed"][letter]["rounds"] > 0
+    assert document["speed"]["batch"] == 4
+    differing = {one["key"]: one for one in document["recipe"]}
+    assert differing["model.name"] == {
+        "key": "model.name",
+        "A": "sew_resnet10_psn",
+        "B": "sew_resnet10_lif",
+        "decides": True,
+    }
+    assert differing["checkpoint.keep_last"]["decides"] is False and "optim.lr" not in differing
+
+
+def test_a_network_agrees_with_itself(runs, digit_shards, psn):
+    options = ("--shards", digit_shards / "val", "--workers", 0, "--samples", 20, "--without", "speed", "energy")
+    status, out, _ = psn("compare", runs / "psn", runs / "timm", *options, "--which", "best", "--json", "-")
+    document = json.loads(out)
+    assert status == 0 and "speed" not in document and "energy" not in document
+    assert (
+        document["answers"] | {"count": 20, "only_a": 0, "only_b": 0, "agreement": 100.0, "p": 1.0}
+        == document["answers"]
+    )
+    assert document["answers"]["interval"] == [0.0, 0.0]
+
+
+def test_compare_without_shards_is_of_recipes(runs, psn, tmp_path):
+    demo, events = "mnist/sew_resnet10_psn.demo", "nmnist/sew_resnet10_psn.demo_events"
+    status, out, _ = psn("compare", demo, events)
+    assert status == 0 and "events.frames" in out and "schedule.epochs" in out and "reported" not in out
+    status, out, _ = psn("compare", demo, demo)
+    assert status == 0 and "their recipes have the same values" in out
+    status, out, _ = psn("compare", runs / "psn", runs / "lif", "--json", tmp_path / "c.json")
+    assert status == 0 and "no --shards: nothing was run" in out and "model.name" in out
+    document = json.loads((tmp_path / "c.json").read_text())
+    results = json.loads((runs / "psn" / "results.json").read_text())
+    for which in ("best", "last"):
+        assert document["A"]["reported"][which]["top1"] == results[which]["top1"]
+    status, out, _ = psn("compare", demo, runs / "psn", "--json", "-")
+    assert status == 0 and json.loads(out)["B"]["step"] is not None
+
+
+def test_what_compare_refuses(runs, digit_shards, psn, tmp_path):
+    shards, quick = ("--shards", digit_shards / "val"), ("--workers", 0)
+    a = runs / "psn"
+    document = json.loads((runs / "timm" / "config.json").read_text())
+
+    def changed(name: str, **changes):
+        """The timm folder with another config.json: what is refused is refused by it alone."""
+        folder = tmp_path / name
+        shutil.copytree(runs / "timm", folder)
+        (folder / "config.json").write_text(json.dumps(merged(document, changes)))
+        return folder
+
+    model = timm.create_model(f"local-dir:{runs / 'timm'}", pretrained=True)
+    model.reset_classifier(7)
+    save_for_hf(
+        model, str(tmp_path / "seven"), model_config={"psn_train": document["psn_train"]}, safe_serialization=True
+    )
+    recordings = changed("recordings", psn_train={"recipe": {"events": {"frames": "number"}}})
+    for b, says in (
+        ("mnist/sew_resnet10_psn.demo", "B: mnist/sew_resnet10_psn.demo is a recipe and has no weights"),
+        (tmp_path / "seven", "10 classes apart, B"),
+        (recordings, "takes images, B"),
+        ("mnist/no_such_recipe", "no recipe at mnist/no_such_recipe"),
+        (tmp_path, "no checkpoint at"),
+    ):
+        status, out, err = psn("compare", a, b, *shards, *quick)
+        assert (status, out) == (2, "") and says in err and len(re.findall("^psn: ", err, re.MULTILINE)) == 1
+    assert main(["compare", str(a), str(a), "--shards", str(digit_shards / "val"), "--json", str(tmp_path)]) == 2
+    assert psn("compare", a, tmp_path / "seven", "--json", tmp_path / "x.json")[0] == 0
