@@ -3,14 +3,24 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
+import torch
 from conftest import merged, small_document
+from safetensors.torch import load_file
 from timm.models import save_for_hf
 
+from psn_train.average.averaging import drawn
+from psn_train.average.parts import shares_of
 from psn_train.cli import main
+from psn_train.data.index import load_index
+from psn_train.data.reader import SampleReader
 from psn_train.recipe import check_recipe
+from psn_train.training.evaluate import make_eval_loader
+from psn_train.training.inputs import EvalInputs
 from psn_train.training.loop import train
 
 
@@ -19,8 +29,8 @@ def runs(digit_shards, tmp_path_factory):
     """Folder with psn/, whose four checkpoints are kept, and lif/, and a timm folder of the first."""
     folder = tmp_path_factory.mktemp("analysis")
     optim = {"optim": {"name": "adamw", "lr": 0.01}, "model": {"args": {"init": "lif"}}}
-    kept = {"schedule": {"epochs": 4}, "checkpoint": {"keep_last": 4}, **optim}
-    other = {**optim, "model": {"name": "sew_resnet10_lif"}, "schedule": {"epochs": 2}}
+    kept = {"schedule": {"epochs": None, "steps": 8}, "checkpoint": {"keep_last": 4, "every_steps": 2}, **optim}
+    other = {**optim, "model": {"name": "sew_resnet10_lif"}, "schedule": {"epochs": None, "steps": 4}}
     for name, changes in (("psn", kept), ("lif", other)):
         document = merged(small_document(digit_shards, folder / name), changes)
         assert train(check_recipe({**document, "name": name})) == 0
@@ -180,3 +190,131 @@ def test_what_compare_refuses(runs, digit_shards, psn, tmp_path):
         assert (status, out) == (2, "") and says in err and len(re.findall("^psn: ", err, re.MULTILINE)) == 1
     assert main(["compare", str(a), str(a), "--shards", str(digit_shards / "val"), "--json", str(tmp_path)]) == 2
     assert psn("compare", a, tmp_path / "seven", "--json", tmp_path / "x.json")[0] == 0
+
+
+# ---- average
+
+
+def steps_of(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("step_*"))
+
+
+def test_average_of_a_run(runs, digit_shards, psn, tmp_path):
+    out = tmp_path / "average"
+    options = ("--workers", 0, "--device", "cpu", "--batch-size", 25)
+    words = ("--last", 3, "--to-folder", out, "--json", tmp_path / "a.json")
+    status, told, _ = psn("average", runs / "psn", *words, *options)
+    assert status == 0 and "batch norm from 150 training samples" in told
+    report = json.loads((tmp_path / "a.json").read_text())
+    parts = steps_of(runs / "psn")[-3:]
+    assert [part["checkpoint"] for part in report["parts"]] == [str(path) for path in parts]
+    tensors = [load_file(path / "model.safetensors") for path in parts]
+    averaged = load_file(out / "model.safetensors")
+    assert averaged.keys() == tensors[0].keys()
+    statistics = [name for name in averaged if "running_" in name or "num_batches" in name]
+    for name in averaged.keys() - set(statistics):
+        mean = sum(one[name].double() for one in tensors) / 3
+        assert torch.equal(averaged[name], mean.float()), name
+    # what was written is what was evaluated, and each part is what `psn eval` says of it
+    for where, figures in ((out, report["average"]), *zip(parts, report["parts"], strict=True)):
+        _, alone, _ = psn("eval", where, "--shards", digit_shards / "val", *options, "--json")
+        alone = json.loads(alone)
+        assert all(alone[key] == figures[key] for key in ("top1", "top5", "count"))
+        assert alone["loss"] == pytest.approx(figures["loss"], abs=1e-6)
+    assert report["before_batch_norm"]["loss"] != report["average"]["loss"]
+    meta = json.loads((out / "state.json").read_text())
+    assert [part["step"] for part in meta["averaged"]["checkpoints"]] == [part["step"] for part in report["parts"]]
+    assert meta["results"]["best"] is None and meta["results"]["last"]["top1"] == report["average"]["top1"]
+    assert sorted(path.name for path in out.iterdir()) == ["model.safetensors", "state.json"]
+    # an average that is there is replaced
+    assert psn("average", *parts[1:], "--to-folder", out, *options)[0] == 0
+    assert len(json.loads((out / "state.json").read_text())["averaged"]["checkpoints"]) == 2
+    status, told, _ = psn("publish", out, "--to-folder", tmp_path / "timm")
+    assert status == 0 and "average, the average of 2 checkpoints" in told
+    assert psn("energy", tmp_path / "timm", "--shards", digit_shards / "val", "--samples", 5, "--workers", 0)[0] == 0
+
+
+def test_batch_norm_is_taken_anew(runs, psn, tmp_path):
+    out = tmp_path / "average"
+    options = ("--workers", 0, "--batch-size", 20, "--bn-samples", 70)
+    status, told, _ = psn("average", runs / "psn", "--last", 2, "--to-folder", out, *options, "--json", "-")
+    # full batches alone
+    assert status == 0 and json.loads(told)["batch_norm_samples"] == 60
+    averaged = load_file(out / "model.safetensors")
+    recipe = check_recipe(json.loads((runs / "psn" / "recipe.json").read_text()))
+    ids = drawn(np.arange(150), 70, 20)
+    assert len(set(ids.tolist())) == 60
+    reader = SampleReader(load_index(recipe.data.train))
+    loader = make_eval_loader(recipe, reader, batch_size=20, device=torch.device("cpu"), ids=ids)
+    sums = []
+    for batch in loader:
+        x, _ = EvalInputs(recipe, torch.device("cpu"))(batch)
+        y = torch.nn.functional.conv2d(x, averaged["conv1.weight"], padding=1).double()
+        sums.append(torch.stack([y.mean((0, 2, 3)), y.transpose(0, 1).flatten(1).var(1)]))
+    mean, variance = torch.stack(sums).mean(0)
+    torch.testing.assert_close(averaged["bn1.running_mean"].double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(averaged["bn1.running_var"].double(), variance, rtol=1e-5, atol=1e-6)
+    assert averaged["bn1.num_batches_tracked"] == 3
+
+
+def test_shares_and_small_drawings():
+    assert shares_of(4, None) == [0.25] * 4
+    assert shares_of(3, 0.5) == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+    with pytest.raises(ValueError, match="--decay"):
+        shares_of(3, 1.0)
+    ids = np.arange(10, 40)
+    assert len(drawn(ids, 100, 16)) == 16 and len(drawn(ids, 100, 64)) == 30 and len(drawn(ids, 7, 64)) == 7
+    assert set(drawn(ids, 100, 15)) == set(ids)
+
+
+def test_what_average_refuses(runs, digit_shards, psn, tmp_path):
+    first, second = steps_of(runs / "psn")[-2:]
+
+    def changed(name: str, **changes) -> Path:
+        """A checkpoint whose state.json says something else."""
+        folder = tmp_path / name
+        shutil.copytree(second, folder)
+        meta = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(merged(meta, changes)))
+        return folder
+
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.tex").write_text("a year's work")
+    out = ("--to-folder", tmp_path / "out")
+    others = changed("other_lr", recipe={"optim": {"lr": 0.5}})
+    half, whole = (changed(f"lambda_{value}", **{"lambda": value}) for value in (0.5, 1.0))
+    moved = changed("moved", split={"shards": "0123456789ab"})
+    both = [changed(f"elsewhere{i}", split={"shards": "0123456789ab"}) for i in (0, 1)]
+    broken = tmp_path / "broken"
+    shutil.copytree(second, broken)
+    data = bytearray((broken / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (broken / "model.safetensors").write_bytes(data)
+    for words, says in (
+        ((first, runs / "lif", *out), 'are different networks: model.name "sew_resnet10_lif" and "sew_resnet10_psn"'),
+        ((first, others, *out), "were trained by different recipes: optim.lr 0.01 and 0.5"),
+        ((half, whole, *out), "lambda = 0.5 and lambda = 1"),
+        ((first, moved, *out), "were trained on different samples"),
+        ((*both, *out), "holds shards"),
+        ((runs / "psn", "--last", 9, *out), "holds 4 whole checkpoints"),
+        ((runs / "psn", "--last", 1, *out), "of two checkpoints at least"),
+        ((runs / "psn", *out), "there is nothing to be averaged"),
+        ((first, second, first, *out), "is named more than once"),
+        ((first, second, "--last", 2, *out), "is of one run"),
+        ((first, "--last", 2, *out), "is a checkpoint; --last wants the folder of its run"),
+        ((first, runs / "timm", *out), "is a timm folder"),
+        ((first, broken, *out), "is damaged"),
+        ((first, second, "--weights", "ema", *out), "holds no EMA"),
+        ((first, second, "--decay", 2, *out), "--decay: got 2"),
+        ((first, second, "--shards", digit_shards / "train", *out), "say nothing of others"),
+        ((first, second, "--train-shards", digit_shards / "val", *out), "was trained on"),
+        ((first, second, "--to-folder", full), "holds no average"),
+        ((first, second, "--to-folder", tmp_path / "step_00000001"), "a checkpoint of its own"),
+        ((first, tmp_path / "nothing", *out), "no checkpoint at"),
+    ):
+        status, told, err = psn("average", *words, "--workers", 0)
+        assert (status, told) == (2, "") and says in err, (says, err)
+        assert len(re.findall("^psn: ", err, re.MULTILINE)) == 1
+    # nothing half-written, nothing gone
+    assert not (tmp_path / "out").exists() and [path.name for path in full.iterdir()] == ["thesis.tex"]

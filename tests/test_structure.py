@@ -25,6 +25,7 @@ ROOMS = {
     "energy": {"recipe", "neurons", "models", "data", "training"},
     "publish": {"recipe", "neurons", "models", "data", "training", "energy"},
     "bench": {"recipe", "neurons", "models", "data", "training"},
+    "average": {"recipe", "neurons", "models", "data", "training", "energy", "publish"},
     "compare": {"recipe", "neurons", "models", "data", "training", "energy", "publish", "bench"},
 }
 # what sees everything -> who may import it

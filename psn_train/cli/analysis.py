@@ -1,4 +1,4 @@
-"""`psn energy`, `psn compare`."""
+"""`psn energy`, `psn compare`, `psn average`."""
 
 from __future__ import annotations
 
@@ -39,6 +39,30 @@ def add(verbs, verb) -> None:
         "--speed-seconds", type=seconds, default=10.0, help="that both are timed in turns (default: %(default)g)"
     )
     compare.add_argument("--json", metavar="FILE", help="write everything; - prints it in place of tables")
+    average = verb("average", _average, "average the weights of checkpoints, take batch norm anew, evaluate, write")
+    average.add_argument("checkpoints", nargs="+", help="a run's folder, with --last; or several folders step_XXXXXXXX")
+    average.add_argument("--last", type=count, metavar="N", help="the N newest checkpoints of the run")
+    average.add_argument("--to-folder", required=True, metavar="DIR", help="of the new checkpoint")
+    average.add_argument(
+        "--weights", choices=("auto", "model", "ema"), default="auto", help="auto: those the best was selected by"
+    )
+    average.add_argument(
+        "--decay",
+        type=positive,
+        metavar="D",
+        help="each counts D times the next newer one (default: all alike)",
+    )
+    average.add_argument("--shards", help="to evaluate on (default: those by which the run selects its best epoch)")
+    average.add_argument("--train-shards", help="of the run, for batch norm (default: where its recipe says)")
+    average.add_argument(
+        "--bn-samples",
+        type=count,
+        default=2048,
+        metavar="N",
+        help="for batch norm, of training (default: %(default)s)",
+    )
+    _add_loading(average)
+    average.add_argument("--json", metavar="FILE", help="write everything; - prints it in place of the table")
 
 
 def _add_shards(parser, required: bool = True) -> None:
@@ -48,6 +72,10 @@ def _add_shards(parser, required: bool = True) -> None:
     parser.add_argument(
         "--weights", choices=("auto", "model", "ema"), default="auto", help="auto: those the best was selected by"
     )
+    _add_loading(parser)
+
+
+def _add_loading(parser) -> None:
     parser.add_argument("--batch-size", type=count, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", help="such as cuda:1; by default a GPU if there is one")
@@ -151,4 +179,33 @@ def _compare(options) -> int:
         return 0
     show_comparison(document)
     _write(options.json, document)
+    return 0
+
+
+def _average(options) -> int:
+    from psn_train.average import average_checkpoints
+    from psn_train.average.show import show_average
+
+    _check_file(options.json, "--json")
+    with _progress() as (begin, advance):
+        report = average_checkpoints(
+            options.checkpoints,
+            options.to_folder,
+            last=options.last,
+            weights=options.weights,
+            decay=options.decay,
+            shards=options.shards,
+            train_shards=options.train_shards,
+            bn_samples=options.bn_samples,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            device=options.device,
+            on_start=begin,
+            on_batch=advance,
+        )
+    if options.json == "-":
+        print(json.dumps(report, indent=1))
+        return 0
+    show_average(report)
+    _write(options.json, report)
     return 0

@@ -113,6 +113,9 @@ def weights_text(where: str | os.PathLike, meta: dict, prefer: str) -> str:
     if "psn_train" in meta:
         return f"{where}, published from {reached}, weights: {own['weights']}"
     path = place(meta["path"])
+    if "averaged" in meta:
+        count = len(meta["averaged"]["checkpoints"])
+        return f"{path.name}, the average of {count} checkpoints, the newest of {reached}"
     named = path == place(where)
     best = read_best(path.parent)
     is_best = best is not None and best["name"] == path.name
