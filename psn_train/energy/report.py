@@ -14,7 +14,8 @@ CONVENTION = (
     "the first layer once. Neurons count as what they compute: PSN T * T MACs, masked PSN its band, sliding PSN k a "
     "step, of a static input one a step. Dense products include those with padding. Batch norms are folded into the "
     "convolutions before them and cost nothing; pools, joins, biases, thresholds and memory are not counted. The "
-    "ANN is the same network with ReLU in the neurons' place, every product a MAC, in one pass."
+    "ANN is the same network with ReLU in the neurons' place, every product a MAC, in one pass, or "
+    "one for each column of an image whose columns are the time-steps."
 )
 
 
