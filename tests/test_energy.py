@@ -271,6 +271,7 @@ def test_recordings_of_different_lengths(small_events):
     for one, other in zip(*(report.synapses + report.neurons for report in reports), strict=True):
         assert one.rate == pytest.approx(other.rate, rel=1e-6) and one.macs == pytest.approx(other.macs)
         assert one.accumulates == pytest.approx(other.accumulates, rel=1e-6)
+    assert reports[0].synapses[0].input == "frames"
     assert 1 < reports[0].T < 8 and not float(reports[0].T).is_integer()
     # order 2: two products a step
     assert all(row.macs == pytest.approx(2 * row.steps * row.neurons) for row in reports[0].neurons)

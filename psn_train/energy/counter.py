@@ -44,9 +44,7 @@ class Synapses:
 
     @property
     def input(self) -> str:
-        """What the layer sees: `image` the network's own input, `spikes`, `sums` of spikes, `averages`, or `values`."""
-        if self.first:
-            return "image"
+        """What a layer behind neurons sees: `spikes`, `sums` of spikes, `averages` of spikes, or other `values`."""
         if self.parts > 1:
             return "averages"
         if self.total("broken") > 0:

@@ -94,7 +94,10 @@ def _report(
         samples=samples,
         input_shape=shape,
         costs=costs,
-        synapses=[_synapse_row(name, layer, samples) for name, layer in counter.synapses.items()],
+        synapses=[
+            _synapse_row(name, layer, samples, "image" if recipe.events is None else "frames")
+            for name, layer in counter.synapses.items()
+        ],
         neurons=neurons,
         # a column of the image a time-step: an ANN must see them all, too
         ann_passes=model.T if isinstance(model, SequentialNet) else 1,
@@ -102,11 +105,11 @@ def _report(
     )
 
 
-def _synapse_row(name: str, layer: Synapses, samples: int) -> SynapseRow:
+def _synapse_row(name: str, layer: Synapses, samples: int, data: str) -> SynapseRow:
     return SynapseRow(
         name=name,
         layer=_describe(layer.module),
-        input=layer.input,
+        input=data if layer.first else layer.input,
         passes=_mean(layer.passes, samples),
         dense=_mean(layer.dense, layer.passes),
         connected=_mean(layer.connected, layer.passes),

@@ -41,7 +41,7 @@ class SynapseRow:
 
     name: str
     layer: str  # "Conv2d 64 -> 128, 3x3 / 2"
-    input: str  # image, spikes, sums, averages, values
+    input: str  # image or frames; spikes, sums, averages, values
     passes: float
     dense: float  # products of one pass
     connected: float  # the same without padding
@@ -49,6 +49,10 @@ class SynapseRow:
     nonzero: float  # the part of it that is not 0
     reached: float  # accumulates, of all passes, through connections that are there
     parts: int  # averages are multiples of 1 / parts
+
+    @property
+    def first(self) -> bool:
+        return self.input in ("image", "frames")
 
     @property
     def by_spikes(self) -> bool:
@@ -126,10 +130,10 @@ class EnergyReport:
         """{name: what is counted otherwise, and the totals that it gives}; "counted" is the report's own."""
         rows = self.synapses
         macs, accumulates = sum(row.macs for row in rows), sum(row.accumulates for row in rows)
-        static = [row for row in rows if row.input == "image" and row.passes < self.T]
+        static = [row for row in rows if row.first and row.passes < self.T]
         averages = [row for row in rows if row.input == "averages"]
         sums = [row for row in rows if row.input == "sums"]
-        inner = [row for row in rows if row.input != "image"]
+        inner = [row for row in rows if not row.first]
         found = {"counted": {"what": "as the table has it", **self._total(macs, accumulates, self.neurons)}}
 
         def add(name: str, what: str, macs: float, accumulates: float, neurons: list[NeuronRow]) -> None:
@@ -159,7 +163,7 @@ class EnergyReport:
         add(
             "rates_alone",
             "every layer behind the first as accumulates times the mean of its input, neurons left out",
-            sum(row.macs for row in rows if row.input == "image"),
+            sum(row.macs for row in rows if row.first),
             sum(row.dense * row.passes * row.rate for row in inner),
             [],
         )

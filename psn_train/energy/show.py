@@ -34,7 +34,7 @@ def show_energy(report: EnergyReport, console: Console | None = None) -> None:
     for row in report.synapses:
         energy = 1e3 * costs.energy_mj(row.macs, row.accumulates)
         # what an image holds depends on how it is normalised
-        rate = "" if row.input == "image" else f"{row.rate:.4f}"
+        rate = "" if row.first else f"{row.rate:.4f}"
         operations = (_millions(row.macs), _millions(row.accumulates), f"{energy:.2f}")
         table.add_row(row.name, row.layer, row.input, f"{row.passes:g}", rate, *operations)
     table.add_section()
