@@ -183,7 +183,7 @@ def test_what_compare_refuses(runs, digit_shards, psn, tmp_path):
         ("mnist/sew_resnet10_psn.demo", "B: mnist/sew_resnet10_psn.demo is a recipe and has no weights"),
         (tmp_path / "seven", "10 classes apart, B"),
         (recordings, "takes images, B"),
-        ("mnist/no_such_recipe", "no recipe at mnist/no_such_recipe"),
+        ("runs/no_such_run", "B: runs/no_such_run is no folder, so it has to be a recipe: no recipe at"),
         (tmp_path, "no checkpoint at"),
     ):
         status, out, err = psn("compare", a, b, *shards, *quick)

@@ -36,7 +36,8 @@ def estimate_batch_norm(
 ) -> int:
     """Running statistics of all batch norms from these batches, each batch alike, so they should be of one size.
 
-    Everything else is in eval mode, and the images are prepared as in evaluation. In eval mode afterwards.
+    Everything else is in eval mode, and the images are prepared as in evaluation. In eval mode afterwards. Of
+    recordings of different lengths the steps that fill a batch up count, as they do in training.
 
     Returns:
         How many samples it were.

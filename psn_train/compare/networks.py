@@ -30,7 +30,8 @@ class _Answers:
         self.ids.append(batch.ids)
         # as top-1 is counted
         self.predicted.append(logits.topk(1, dim=1).indices[:, 0].cpu().numpy())
-        self.targets.append(batch.targets.numpy())
+        # a copy: each batch of a decoding process holds a file open as long as it lives
+        self.targets.append(batch.targets.clone().numpy())
 
     def sorted(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids, predicted, targets), int64 [N] each."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from psn_train.data.index import is_url
 from psn_train.publish.hub import load_any, weights_text
-from psn_train.recipe import Recipe, load_recipe, recipe_hash, recipe_path
+from psn_train.recipe import Recipe, RecipeError, load_recipe, recipe_hash, recipe_path
 from psn_train.training.results import results_of_checkpoint, weights_of
 from psn_train.training.storage import place
 
@@ -55,7 +55,11 @@ def open_side(letter: str, where: str, prefer: str = "best", weights: str = "aut
         ValueError: it is neither.
     """
     if not is_url(where) and not Path(where).is_dir():
-        recipe = load_recipe(recipe_path(where))
+        try:
+            path = recipe_path(where)
+        except RecipeError as error:
+            raise ValueError(f"{letter}: {where} is no folder, so it has to be a recipe: {error}") from error
+        recipe = load_recipe(path)
         return Side(letter, where, recipe, None, None, "a recipe")
     model, recipe, meta = load_any(where, prefer=prefer, weights=weights)
     return Side(letter, where, recipe, meta, model.num_classes, weights_text(where, meta, prefer))
