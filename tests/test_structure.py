@@ -22,8 +22,11 @@ ROOMS = {
     "data": {"recipe"},
     "training": {"recipe", "neurons", "models", "data"},
     "plan": {"recipe", "neurons", "models", "data", "training"},
-    "publish": {"recipe", "neurons", "models", "data", "training"},
+    "energy": {"recipe", "neurons", "models", "data", "training"},
+    "publish": {"recipe", "neurons", "models", "data", "training", "energy"},
     "bench": {"recipe", "neurons", "models", "data", "training"},
+    "average": {"recipe", "neurons", "models", "data", "training", "energy", "publish"},
+    "compare": {"recipe", "neurons", "models", "data", "training", "energy", "publish", "bench"},
 }
 # what sees everything -> who may import it
 FRONT = {

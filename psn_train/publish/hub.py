@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
+from psn_train.data.cache import open_cache
 from psn_train.data.event_index import check_kind, check_one_split, check_trained_sensor
 from psn_train.data.fetch import hide_password
 from psn_train.data.index import ShardIndex, load_index
+from psn_train.data.reader import SampleReader
 from psn_train.models.folding import fold_batch_norm
 from psn_train.neurons import get_lambda
 from psn_train.recipe import Recipe, saved_recipe
 from psn_train.training.build import load_network
 from psn_train.training.checkpoint import CheckpointError, find_checkpoint, last_checkpoint, read_best, read_meta
+from psn_train.training.evaluate import evaluate, make_eval_loader
 from psn_train.training.results import results_of_checkpoint, weights_of
 from psn_train.training.storage import place
 
@@ -107,6 +113,9 @@ def weights_text(where: str | os.PathLike, meta: dict, prefer: str) -> str:
     if "psn_train" in meta:
         return f"{where}, published from {reached}, weights: {own['weights']}"
     path = place(meta["path"])
+    if "averaged" in meta:
+        count = len(meta["averaged"]["checkpoints"])
+        return f"{path.name}, the average of {count} checkpoints, the newest of {reached}"
     named = path == place(where)
     best = read_best(path.parent)
     is_best = best is not None and best["name"] == path.name
@@ -210,7 +219,12 @@ def shown_recipe(recipe: Recipe) -> dict:
     return document
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU if there is one.
+
+    Raises:
+        ValueError: it is not to be had.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -222,6 +236,78 @@ def _device(name: str | None) -> torch.device:
             f"device {name!r} is not to be had ({error}); this machine has cpu and {count} GPUs"
         ) from error
     return place
+
+
+@dataclass(frozen=True)
+class OnShards:
+    """A network on the device, in eval mode, and what it is to be run on."""
+
+    model: nn.Module
+    recipe: Recipe
+    meta: dict
+    reader: SampleReader
+    batch_size: int
+    device: torch.device
+    ids: np.ndarray
+    """int64 [samples], places in the index."""
+
+    @property
+    def index(self) -> ShardIndex:
+        return self.reader.index
+
+    def loader(self, samples: int | None = None) -> DataLoader:
+        """Batches of the samples; of so many at most, spread evenly over them."""
+        ids = spread(self.ids, samples)
+        return make_eval_loader(self.recipe, self.reader, batch_size=self.batch_size, device=self.device, ids=ids)
+
+
+def spread(ids: np.ndarray, samples: int | None) -> np.ndarray:
+    """So many of them at most, at even distances: shards may lie in the order of their classes."""
+    if samples is None or samples >= len(ids):
+        return ids
+    return ids[(np.arange(samples) * len(ids)) // samples]
+
+
+def open_on_shards(
+    where: str | os.PathLike,
+    shards: str,
+    *,
+    prefer: str = "best",
+    weights: str = "auto",
+    batch_size: int = 64,
+    workers: int = 2,
+    device: str | None = None,
+    fold: bool = False,
+    samples: int | None = None,
+) -> OnShards:
+    """A run, a checkpoint or a timm folder, with shards that it can be run on: checked before a device is touched.
+
+    Args:
+        prefer, weights: see `load_any`.
+        fold: the network as it is used for inference, its batch norms in its convolutions.
+        samples: so many at most, spread evenly over the shards; None: all.
+
+    Raises:
+        CheckpointError, ShardError, ValueError: what `load_any` refuses; shards of another kind, split, sensor, or of
+            more classes.
+    """
+    index = load_index(shards)
+    model, recipe, meta = load_any(where, prefer=prefer, weights=weights)
+    model = fold_batch_norm(model) if fold else model
+    check_kind(index, recipe, "--shards")
+    # a run's state.json has it, and the config.json of what was published
+    split = meta.get("split") or meta.get("psn_train", {}).get("split") or {}
+    check_one_split(split.get("recordings"), index, "--shards")
+    check_trained_sensor(split.get("sensor"), index, "--shards")
+    if model.num_classes < len(index.classes):
+        raise CheckpointError(
+            f"{where} tells {model.num_classes} classes apart, {shards} has {len(index.classes)}; other data?"
+        )
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
+    place = choose_device(device)
+    reader = SampleReader(index, open_cache(recipe.data, Path(where) / "shards"))
+    ids = spread(np.arange(index.num_samples), samples)
+    return OnShards(model.to(place), recipe, meta, reader, batch_size, place, ids)
 
 
 def evaluate_folder(
@@ -237,29 +323,10 @@ def evaluate_folder(
     fold: bool = False,
     on_batch=None,
 ):
-    """Evaluate a run, a checkpoint or a timm folder on shards; see `training.evaluate.evaluate`.
-
-    fold: the network as it is used for inference, its batch norms in its convolutions.
-    """
-    from psn_train.data.cache import open_cache
-    from psn_train.data.reader import SampleReader
-    from psn_train.training.evaluate import evaluate, make_eval_loader
-
-    index = load_index(shards)
-    model, recipe, meta = load_any(where, prefer=prefer, weights=weights)
-    model = fold_batch_norm(model) if fold else model
-    check_kind(index, recipe, "--shards")
-    # a run's state.json has it, and the config.json of what was published
-    split = meta.get("split") or meta.get("psn_train", {}).get("split") or {}
-    check_one_split(split.get("recordings"), index, "--shards")
-    check_trained_sensor(split.get("sensor"), index, "--shards")
-    if model.num_classes < len(index.classes):
-        raise CheckpointError(
-            f"{where} tells {model.num_classes} classes apart, {shards} has {len(index.classes)}; other data?"
-        )
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
-    place = _device(device)
-    reader = SampleReader(index, open_cache(recipe.data, Path(where) / "shards"))
-    loader = make_eval_loader(recipe, reader, batch_size=batch_size, device=place)
-    result = evaluate(model.to(place), recipe, loader, device=place, firing=firing, on_batch=on_batch)
-    return result, recipe, meta
+    """Evaluate a run, a checkpoint or a timm folder on shards; see `open_on_shards` and `evaluate`."""
+    opened = open_on_shards(
+        where, shards, prefer=prefer, weights=weights, batch_size=batch_size, workers=workers, device=device, fold=fold
+    )
+    model, recipe = opened.model, opened.recipe
+    result = evaluate(model, recipe, opened.loader(), device=opened.device, firing=firing, on_batch=on_batch)
+    return result, recipe, opened.meta

@@ -81,6 +81,8 @@ def _files(checkpoint: Checkpoint) -> dict[str, dict[str, torch.Tensor]]:
         for rank, state in enumerate(checkpoint.ranks)
         for key, value in state.tensors.items()
     }
+    # an average of checkpoints is no state of a run
+    ranks = None if checkpoint.optimizer["tensors"] is None else ranks
     files = {"model.safetensors": checkpoint.model, "ema.safetensors": checkpoint.ema}
     files |= {"optimizer.safetensors": checkpoint.optimizer["tensors"], "ranks.safetensors": ranks}
     return {name: tensors for name, tensors in files.items() if tensors is not None}
@@ -129,7 +131,7 @@ def save_checkpoint(
             as the disk lets it be removed.
     """
     path = checkpoint_path(folder, checkpoint.meta["step"])
-    (_write_objects if isinstance(path, Url) else _write_folder)(path, checkpoint)
+    write_checkpoint(path, checkpoint)
     if last:
         write_text(folder / "LAST", path.name + "\n")
     if best is not None:
@@ -140,6 +142,15 @@ def save_checkpoint(
         except OSError as error:
             say(f"warning: an old checkpoint in {folder} cannot be deleted: {error}")
     return path
+
+
+def write_checkpoint(path: Place, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint to a folder of that name, whole, or nothing; one that is there is replaced.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    (_write_objects if isinstance(path, Url) else _write_folder)(path, checkpoint)
 
 
 def _write_folder(final: Path, checkpoint: Checkpoint) -> None:
