@@ -81,6 +81,7 @@ def evaluate(
     firing: bool = False,
     stop=None,
     on_batch=None,
+    on_logits=None,
     divided: bool = False,
 ) -> Result:
     """Top-1, top-5 and cross entropy of the mean over T, on all samples of the loader.
@@ -95,6 +96,8 @@ def evaluate(
         loader: from `make_eval_loader`.
         stop: a StopSignal that is polled once a round.
         on_batch: called with the number of samples of each batch.
+        on_logits: called with each `Batch` and what the network says of it: the mean over T, float32 [N, K], on the
+            device.
         divided: a forward pass gathers the weights from all ranks (ZeRO-3), so a rank goes through the network in the
             rounds, too, for which it has no batch.
 
@@ -144,6 +147,8 @@ def evaluate(
             )
             if on_batch is not None:
                 on_batch(len(targets))
+            if on_logits is not None:
+                on_logits(batch, logits)
             note_progress()
     finally:
         if rates is not None:
