@@ -9,7 +9,9 @@ from psn_train.cli.arguments import count, positive
 
 def add(verbs, verb) -> None:
     """Add the verb to the parser; `verb(name, run, help)` makes one."""
-    report = verb("report", _report, "one HTML page of a run or several: curves beside the paper's, firing, neurons, errors")
+    report = verb(
+        "report", _report, "one HTML page of a run or several: curves beside the paper's, firing, neurons, errors"
+    )
     report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder; it may be going on")
     report.add_argument("--out", metavar="DIR", help="of the page and its pictures (default: runs/report/NAME)")
     report.add_argument(
@@ -23,7 +25,9 @@ def add(verbs, verb) -> None:
     report.add_argument("--batch-size", type=count, default=64)
     report.add_argument("--workers", type=int, default=2)
     report.add_argument("--device", help="such as cuda:1; by default a GPU if there is one")
-    report.add_argument("--live", action="store_true", help="write the page again until the runs are complete, or Ctrl-C")
+    report.add_argument(
+        "--live", action="store_true", help="write the page again until the runs are complete, or Ctrl-C"
+    )
     report.add_argument(
         "--every", type=positive, default=30.0, metavar="SECONDS", help="of --live (default: %(default)g)"
     )

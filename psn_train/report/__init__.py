@@ -8,12 +8,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from psn_train.bench.picture import figure_class
 from psn_train.report.evaluation import answers_of, samples_of
 from psn_train.report.layers import read_layers
 from psn_train.report.page import PAGE, Looked, write_page
-from psn_train.report.record import METRICS, ReportError, RunRecord, open_run
+from psn_train.report.record import ReportError, RunRecord, open_run
 
-__all__ = ["METRICS", "PAGE", "Options", "ReportError", "look", "open_run", "out_folder", "run_report", "write_page"]
+__all__ = ["Options", "ReportError", "run_report"]
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,33 @@ def run_report(
     Raises:
         ReportError: a folder is no run, or `out` is inside of one.
     """
+    # said before anything is computed
+    figure_class()
     records = [open_run(run) for run in runs]
     folder = out_folder(records, out)
     if live:
         from psn_train.report.live import follow
 
         return follow(records, folder, options, every)
-    files = write_page(records, [look(record, folder, options) for record in records], folder, hardest=options.hardest)
+    files = write(records, folder, options)
     print(f"{files[0]}: the page; beside it {len(files) - 1} pictures as PNG")
     return 0
+
+
+def write(
+    records: list[RunRecord], folder: Path, options: Options, seen: dict[str, Looked] | None = None, **page
+) -> list[Path]:
+    """Look at the runs' checkpoints, and write the page; its files.
+
+    Args:
+        seen: what was read of checkpoints before, by their paths, and is now; read once each.
+        page: of `write_page`.
+    """
+    seen = {} if seen is None else seen
+    looked = [seen.get(str(record.checkpoint)) or look(record, folder, options) for record in records]
+    seen.clear()
+    seen.update({str(record.checkpoint): one for record, one in zip(records, looked, strict=True) if one.layers})
+    return write_page(records, looked, folder, hardest=options.hardest, **page)
 
 
 def out_folder(records: list[RunRecord], out: str | None) -> Path:
@@ -81,20 +100,22 @@ def look(record: RunRecord, folder: Path, options: Options) -> Looked:
 
     looked = Looked()
     if record.checkpoint is None:
-        looked.no_layers = f"There is no checkpoint to read them from: {record.no_checkpoint}."
+        looked.no_layers = f"There is no checkpoint to read them from: {record.no_checkpoint.rstrip('.')}."
         looked.no_answers = "There is no checkpoint to evaluate."
         return looked
     try:
         model, _, meta = load_run(record.checkpoint)
     except (CheckpointError, StorageError) as error:
         # a run that goes on has deleted it meanwhile, perhaps
-        looked.no_layers = looked.no_answers = f"The checkpoint could not be read: {error}."
+        looked.no_layers = looked.no_answers = f"The checkpoint could not be read: {str(error).rstrip('.')}."
         return looked
     looked.weights, looked.layers = meta["weights"], read_layers(model)
     if options.evaluate is False:
-        looked.no_answers = "Left out (--no-eval)."
+        looked.no_answers = "Nothing was evaluated for this page."
     elif options.evaluate is None and record.running:
-        looked.no_answers = "Left out while the run goes on, whose processors it would take; --eval has it all the same."
+        looked.no_answers = (
+            "Nothing is evaluated while the run goes on, whose processors it would take, unless by --eval."
+        )
     else:
         _evaluate(record, model, looked, folder, options)
     return looked
@@ -129,4 +150,4 @@ def _evaluate(record: RunRecord, model, looked: Looked, folder: Path, options: O
     except (ReportError, ShardError) as error:
         if options.shards is not None:
             raise
-        looked.no_answers = f"No evaluation: {error}."
+        looked.no_answers = f"No evaluation: {str(error).rstrip('.')}."

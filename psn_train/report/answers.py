@@ -85,8 +85,10 @@ def draw_confusion(counts: np.ndarray, classes: list[str], name: str, *, png: bo
             text = f"{shown[row, column]:,}"
             axis.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
     if K <= _NAMED:
-        axis.set_xticks(range(K), [_short(text) for text in classes], rotation=90, fontsize=8)
-        axis.set_yticks(range(K), [_short(text) for text in classes], fontsize=8)
+        names = [_short(text) for text in classes]
+        turned = 90 if max(map(len, names)) > 2 else 0
+        axis.set_xticks(range(K), names, rotation=turned, fontsize=8)
+        axis.set_yticks(range(K), names, fontsize=8)
     elif K > MOST_CELLS:
         axis.set_xticks([])
         axis.set_yticks([])
@@ -100,7 +102,7 @@ def draw_confusion(counts: np.ndarray, classes: list[str], name: str, *, png: bo
     return finish(figure, name, "Confusion matrix", says, note, png=png)
 
 
-def worst_pairs(counts: np.ndarray, classes: list[str], most: int = 12) -> list[tuple[str, str, int, float]]:
+def worst_pairs(counts: np.ndarray, classes: list[str], most: int = 10) -> list[tuple[str, str, int, float]]:
     """(true class, taken for, samples, per cent of the true class), the most samples first."""
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
@@ -113,7 +115,7 @@ def worst_pairs(counts: np.ndarray, classes: list[str], most: int = 12) -> list[
     ]
 
 
-def worst_classes(counts: np.ndarray, classes: list[str], most: int = 8) -> list[tuple[str, int, float]]:
+def worst_classes(counts: np.ndarray, classes: list[str], most: int = 6) -> list[tuple[str, int, float]]:
     """(class, samples, per cent that are right), the worst first."""
     totals = counts.sum(1)
     right = 100 * np.diagonal(counts) / np.maximum(totals, 1)
@@ -130,7 +132,9 @@ def hardest_samples(recipe: Recipe, samples: Samples, answers: Answers, count: i
     for place in answers.hardest(count):
         sample_id = int(answers.ids[place])
         labels = (int(answers.labels[place]), int(answers.predicted[place]))
-        label, predicted = (samples.classes[number] if number < len(samples.classes) else str(number) for number in labels)
+        label, predicted = (
+            samples.classes[number] if number < len(samples.classes) else str(number) for number in labels
+        )
         shown.append(
             Hard(
                 data_url(sample_picture(recipe, samples, sample_id)),

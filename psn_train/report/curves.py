@@ -20,8 +20,9 @@ _MARKED = 40
 _SIZE = (5.4, 3.4)
 _SMALL = (4.4, 2.8)
 
+
 def draw_curves(records: list[RunRecord], papers: list[PaperLog | None], *, png: bool = True) -> list[Picture]:
-    """Every picture for which some run has a line; `papers` are the authors' logs of the runs, None where there is none."""
+    """Every picture for which some run has a line; `papers` are the authors' logs of the runs, None without one."""
     drawn = [_with_paper(records, papers, which, png) for which in ("top1", "loss")]
     for key, title, label, scale in _SINGLE:
         if any(key in line for record in records for line in record.train):
@@ -144,9 +145,7 @@ def _mark_starts(axis, record: RunRecord) -> None:
             axis.axvline(record.epochs([start])[0], color=MUTED, linewidth=0.8, linestyle=(0, (1, 3)), zorder=1)
 
 
-def _single(
-    records: list[RunRecord], key: str, title: str, label: str, scale: float, png: bool
-) -> Picture | None:
+def _single(records: list[RunRecord], key: str, title: str, label: str, scale: float, png: bool) -> Picture | None:
     figure = new_figure(*_SMALL)
     axis = figure.subplots()
     for record, colour, name in _labels(records):
@@ -187,7 +186,6 @@ def draw_over_layers(
     table = np.array([[100 * line["firing"].get(layer, {}).get(key, np.nan) for line in lines] for layer in layers])
     figure = new_figure(_SIZE[0], max(2.6, 1.0 + 0.17 * len(layers)))
     axis = figure.subplots()
-    ends = record.epochs(lines)
     # a share of the layer's neurons reaches 100 %, a rate rarely half of it
     highest = float(np.nanmax(table)) or 1.0
     image = axis.imshow(table, aspect="auto", cmap="cividis", vmin=0, vmax=highest, interpolation="none")
@@ -195,8 +193,8 @@ def draw_over_layers(
     step = -(-len(layers) // 40)
     axis.set_yticks(range(0, len(layers), step), layers[::step], fontsize=7.5)
     shown = np.unique(np.linspace(0, len(lines) - 1, min(6, len(lines))).round().astype(int))
-    axis.set_xticks(shown, [f"{ends[place]:.4g}" for place in shown])
-    axis.set_xlabel(x_label([record]))
+    axis.set_xticks(shown, [f"{lines[place]['epoch'] + 1}" for place in shown])
+    axis.set_xlabel("epoch")
     bar = figure.colorbar(image, ax=axis, pad=0.02)
     bar.set_label(label, color=INK, fontsize=9)
     bar.ax.tick_params(colors=INK, labelsize=8)

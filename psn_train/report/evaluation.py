@@ -106,7 +106,10 @@ def samples_of(record: RunRecord, folder: Path, shards: str | None = None) -> Sa
             ids, words = None, f"the samples of data.{SPLITS[selected]}"
             if selected == "held out":
                 count = held_out_samples(recipe.data, index.num_samples)
-                ids, words = held_out_ids(index.num_samples, count, recipe.data.hold_out_seed), "held-out training samples"
+                ids, words = (
+                    held_out_ids(index.num_samples, count, recipe.data.hold_out_seed),
+                    "held-out training samples",
+                )
             if split.get("selecting_shards") not in (None, index.fingerprint):
                 raise ReportError(f"the shards in {index.place} are not those that the run evaluated on")
     except (ShardError, ValueError) as error:
@@ -137,7 +140,9 @@ def answers_of(
     """
     index, recipe = samples.reader.index, record.recipe
     if model.num_classes < len(index.classes):
-        raise ReportError(f"the network tells {model.num_classes} classes apart, {index.place} has {len(index.classes)}")
+        raise ReportError(
+            f"the network tells {model.num_classes} classes apart, {index.place} has {len(index.classes)}"
+        )
     key = _key(record, samples, weights)
     if (kept := _read(cache, key)) is not None:
         return kept

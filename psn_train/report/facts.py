@@ -10,7 +10,7 @@ from psn_train.recipe import flatten, recipe_hash
 from psn_train.recipe.schema import NEUTRAL
 from psn_train.report.evaluation import Answers
 from psn_train.report.paper import PaperLog
-from psn_train.report.record import STATES, RunRecord
+from psn_train.report.record import RunRecord
 from psn_train.training.results import SAMPLES, SELECTED
 
 
@@ -43,21 +43,20 @@ def size(count: float) -> str:
 
 def summary(record: RunRecord) -> list[Fact]:
     """What a reader wants to know first; facts of several runs stand in the same order."""
-    facts = [Fact("state", STATES[record.state], _progress(record))]
-    optimistic = ", optimistic" if record.selected_on == "test" else ""
+    facts = [_progress(record)]
+    optimistic = ", which is optimistic" if record.selected_on == "test" else ""
     selected = SELECTED.get(record.selected_on, "nothing is evaluated")
     for which in ("best", "last"):
         line = record.chosen(which)
         if line is None:
             facts.append(Fact(f"{which} top-1", "none yet", "no evaluation so far"))
             continue
-        note = f"epoch {line['epoch'] + 1}"
-        if which == "best":
-            note += f", {selected}{optimistic}"
+        note = f"epoch {line['epoch'] + 1}; top-5 {percent(line['top5'])}, loss {line['loss']:.4f}"
         if "ema_top1" in line:
-            note += f"; EMA {percent(line['ema_top1'])}"
+            note += f"; moving average: top-1 {percent(line['ema_top1'])}"
+        if which == "best":
+            note += f"; {selected}{optimistic}"
         facts.append(Fact(f"{which} top-1", percent(line["top1"]), note))
-        facts.append(Fact(f"{which} top-5, loss", f"{percent(line['top5'])}, {line['loss']:.4f}", ""))
     for which in ("best", "last"):
         if (found := _tested(record, which)) is not None:
             note = f"top-5 {percent(found['top5'])}, on {found['count']:,} samples, looked at once"
@@ -77,13 +76,13 @@ def summary(record: RunRecord) -> list[Fact]:
     return facts
 
 
-def _progress(record: RunRecord) -> str:
-    steps = f"{record.step:,}" + (f" of {record.total_steps:,}" if record.total_steps else "") + " updates"
-    per_epoch = record.steps_per_epoch
+def _progress(record: RunRecord) -> Fact:
+    per_epoch, planned = record.steps_per_epoch, record.total_steps
+    updates = f"{record.step:,}" + (f" of {planned:,}" if planned else "") + " updates"
     if per_epoch is None:
-        return steps
-    planned = f" of {record.total_steps / per_epoch:.4g}" if record.total_steps else ""
-    return f"epoch {record.step / per_epoch:.4g}{planned}, {steps}"
+        return Fact("progress", updates)
+    of = f" of {planned / per_epoch:.4g}" if planned else ""
+    return Fact("progress", f"epoch {record.step / per_epoch:.4g}{of}", updates)
 
 
 def _tested(record: RunRecord, which: str) -> dict | None:
@@ -161,7 +160,11 @@ def environment_rows(record: RunRecord) -> list[dict[str, str]]:
     """A row for each start of the run; of a run older than starts.jsonl one, from its last checkpoint."""
     rows = []
     for start in record.starts:
-        device = start["device"] if start["device"] != "cpu" else f"{start['cpu']} ({start['threads']} threads)"
+        device = (
+            start["device"]
+            if start["device"] != "cpu"
+            else f"{start['cpu']} ({start['threads']} thread{'s' * (start['threads'] > 1)})"
+        )
         rows.append(
             {
                 "when": start["time"].replace("T", " ").removesuffix("+00:00") + " UTC",

@@ -65,9 +65,9 @@ def _layer(name: str, neuron: Neuron) -> Layer:
         # means over the channels and steps
         learned = {key: float(value.mean()) for key, value in neuron.gates()._asdict().items()}
     elif isinstance(neuron, PLIF):
-        learned = {"tau": float(1 / neuron.w.sigmoid())}
+        learned = {"tau": float(1 / neuron.w.detach().sigmoid())}
     elif isinstance(neuron, KLIF):
-        learned = {"gain k": float(neuron.k)}
+        learned = {"gain k": float(neuron.k.detach())}
     if isinstance(neuron, (LIF, LIFNoReset)):
         fixed["tau"] = float(neuron.tau)
     if isinstance(neuron, IF):

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from pathlib import Path
 
-from psn_train.report import Options, look
-from psn_train.report.page import Looked, write_page
-from psn_train.report.record import METRICS, ReportError, RunRecord, open_run
+from psn_train.report import Options, write
+from psn_train.report.record import STATES, ReportError, RunRecord, open_run
 
 ENDED = ("complete", "cut")
 # seconds between two looks at whether there is something new
@@ -24,41 +24,28 @@ def follow(records: list[RunRecord], folder: Path, options: Options, every: floa
 
     A run that is not going on is waited for: it may be about to be started, or requeued.
     """
-    without = Options(evaluate=False, hardest=options.hardest)
-    shown, begun = None, False
-    written = -every
+    meanwhile = replace(options, evaluate=False)
+    shown, written, seen = None, -every, {}
     try:
-        while True:
+        while not all(record.state in ENDED for record in records):
             now = _signs(records)
-            if all(record.state in ENDED for record in records):
-                break
             if now != shown and time.monotonic() - written >= every:
-                (page, *_) = write_page(records, [_look(record, folder, without) for record in records], folder,
-                                        hardest=options.hardest, refresh=every)  # fmt: skip
+                page, *_ = write(records, folder, meanwhile, seen, refresh=every)
+                if shown is None:
+                    until = "until the run is complete, or Ctrl-C"
+                    print(f"{page}: open it in a browser; it is written again every {every:g} s {until}")
                 shown, written = now, time.monotonic()
-                if not begun:
-                    print(f"{page}: open it in a browser; it is written again every {every:g} s until the run is "
-                          "complete, or Ctrl-C", flush=True)  # fmt: skip
-                begun = True
-                print("; ".join(_line(record) for record in records), flush=True)
+                print("\n".join(map(_line, records)), flush=True)
             time.sleep(min(_LOOK, every))
             records = [_again(record) for record in records]
     except KeyboardInterrupt:
-        # a browser would load it again and again
-        looked = [_look(record, folder, without) for record in records]
-        write_page(records, looked, folder, hardest=options.hardest, note="no longer followed")
+        # else a browser would load it again for ever
+        write(records, folder, meanwhile, seen, note="no longer followed")
         raise
-    files = write_page(records, [look(record, folder, options) for record in records], folder, hardest=options.hardest)
-    print("; ".join(_line(record) for record in records))
+    print("\n".join(map(_line, records)), flush=True)
+    files = write(records, folder, options)
     print(f"{files[0]}: the page; beside it {len(files) - 1} pictures as PNG")
     return 0
-
-
-def _look(record: RunRecord, folder: Path, options: Options) -> Looked:
-    looked = look(record, folder, options)
-    if looked.answers is None and looked.layers is not None:
-        looked.no_answers = "Left out while the run is followed; the page has it when the run is complete."
-    return looked
 
 
 def _again(record: RunRecord) -> RunRecord:
@@ -80,7 +67,4 @@ def _line(record: RunRecord) -> str:
     of = f" of {record.total_steps:,}" if record.total_steps else ""
     last = record.chosen("last")
     top1 = f", top-1 {last['top1']:.2f} % (epoch {last['epoch'] + 1})" if last else ""
-    return f"{time.strftime('%H:%M:%S')} {record.name} {record.state}: update {record.step:,}{of}{top1}"
-
-
-__all__ = ["METRICS", "follow"]
+    return f"{time.strftime('%H:%M:%S')} {record.name}, {STATES[record.state]}: update {record.step:,}{of}{top1}"

@@ -12,8 +12,11 @@ import numpy as np
 from psn_train.report.layers import Layer
 from psn_train.report.picture import GRID, INK, MUTED, SERIES, inline_svg, new_figure, png_bytes
 
-# inches of one layer's picture
-_WIDTH, _HEIGHT = 2.5, 1.75
+# inches of one layer's picture, of its square and of the bars beside it, and of what is left and below of them
+_WIDTH, _HEIGHT = 2.5, 1.72
+_SQUARE, _BARS, _LEFT, _BELOW, _BETWEEN = 1.25, 0.72, 0.4, 0.38, 0.1
+# more in the common picture, for the layer's name
+_HEAD = 0.25
 _COLUMNS = 5
 # thresholds are written at their bars where there are so few
 _WRITTEN = 10
@@ -34,8 +37,8 @@ def draw_layers(layers: list[Layer], *, png: bool = True) -> LayerPictures:
     bound = max((float(np.abs(_weights(layer)).max()) for layer in drawn), default=0.0) or 1.0
     svgs = []
     for layer in drawn:
-        figure = new_figure(_WIDTH, _HEIGHT)
-        _draw(figure, layer, bound)
+        figure = new_figure(_WIDTH, _HEIGHT, layout=None)
+        _draw(figure, layer, bound, _HEIGHT)
         svgs.append((layer, inline_svg(figure, f"{layer.neuron} {layer.name}")))
     return LayerPictures(svgs, bound, _together(drawn, bound) if png and drawn else b"")
 
@@ -45,25 +48,29 @@ def _weights(layer: Layer) -> np.ndarray:
 
 
 def _together(layers: list[Layer], bound: float) -> bytes:
-    lines = -(-len(layers) // _COLUMNS)
-    figure = new_figure(_COLUMNS * _WIDTH, lines * (_HEIGHT + 0.25))
+    lines, height = -(-len(layers) // _COLUMNS), _HEIGHT + _HEAD
+    figure = new_figure(_COLUMNS * _WIDTH, lines * height, layout=None)
     for part, layer in zip(figure.subfigures(lines, _COLUMNS, squeeze=False).flat, layers, strict=False):
         part.suptitle(layer.name, fontsize=8, color=INK)
-        _draw(part, layer, bound)
+        _draw(part, layer, bound, height)
     return png_bytes(figure)
 
 
-def _draw(figure, layer: Layer, bound: float) -> None:
+def _draw(figure, layer: Layer, bound: float, height: float) -> None:
+    """One layer; `height` is the figure's, in inches."""
+
+    def axes(left: float, width: float):
+        return figure.add_axes((left / _WIDTH, _BELOW / height, width / _WIDTH, _SQUARE / height))
+
     if layer.matrix is not None:
-        _draw_matrix(figure, layer, bound)
+        _draw_matrix(axes(_LEFT, _SQUARE), axes(_LEFT + _SQUARE + _BETWEEN, _BARS), layer, bound)
     else:
-        _draw_taps(figure, layer)
+        _draw_taps(axes(_LEFT + 0.15, _WIDTH - _LEFT - 0.3), layer)
 
 
-def _draw_matrix(figure, layer: Layer, bound: float) -> None:
+def _draw_matrix(left, right, layer: Layer, bound: float) -> None:
     """W [T, T], a row for each output step, and beside each row the step's threshold."""
     T = len(layer.matrix)
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1), sharey=True)
     shown = layer.matrix
     if layer.band is not None:
         # what the mask takes away, grey
@@ -80,6 +87,7 @@ def _draw_matrix(figure, layer: Layer, bound: float) -> None:
     left.set_yticks(steps, [str(step + 1) for step in steps])
     left.set_xlabel("input step", fontsize=7.5, color=INK, labelpad=1)
     left.set_ylabel("output step", fontsize=7.5, color=INK, labelpad=1)
+    right.set_ylim(left.get_ylim())
     right.barh(range(T), layer.thresholds, color=SERIES[0], height=0.7)
     right.axvline(0, color=MUTED, linewidth=0.8)
     right.tick_params(axis="y", left=False, labelleft=False)
@@ -93,9 +101,8 @@ def _draw_matrix(figure, layer: Layer, bound: float) -> None:
     right.set_xlabel("threshold", fontsize=7.5, color=INK, labelpad=1)
 
 
-def _draw_taps(figure, layer: Layer) -> None:
+def _draw_taps(axis, layer: Layer) -> None:
     """w [k], a bar for each step back, the newest input on the right."""
-    axis = figure.subplots()
     k = len(layer.taps)
     back = np.arange(k) - (k - 1)
     axis.bar(back, layer.taps, color=[SERIES[1] if value > 0 else SERIES[0] for value in layer.taps], width=0.75)

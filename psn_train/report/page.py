@@ -22,7 +22,7 @@ from psn_train.report.layers import Layer
 from psn_train.report.matrices import LayerPictures, draw_layers
 from psn_train.report.paper import PaperLog, paper_log
 from psn_train.report.picture import SERIES, Picture
-from psn_train.report.record import RunRecord
+from psn_train.report.record import STATES, RunRecord
 
 PAGE = "report.html"
 
@@ -63,6 +63,10 @@ class RunSection:
     pairs: list[tuple[str, str, int, float]] = field(default_factory=list)
     classes: list[tuple[str, int, float]] = field(default_factory=list)
     hardest: list[Hard] = field(default_factory=list)
+
+    @property
+    def state(self) -> str:
+        return STATES[self.record.state]
 
     @property
     def identity(self) -> str:
@@ -123,7 +127,7 @@ def write_page(
         differences=facts.recipe_differences(records) if len(records) > 1 else [],
         now=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC"),
         version=psn_train.__version__,
-        refresh=refresh,
+        refresh=None if refresh is None else max(1, round(refresh)),
         note=note,
         percent=facts.percent,
         said=facts.said,

@@ -38,14 +38,14 @@ class Picture:
     note: str = ""
 
 
-def new_figure(width: float, height: float):
+def new_figure(width: float, height: float, layout: str | None = "constrained"):
     """An empty figure of that many inches."""
-    return figure_class()(figsize=(width, height), layout="constrained")
+    return figure_class()(figsize=(width, height), layout=layout)
 
 
 def finish(figure, name: str, title: str, says: str, note: str = "", *, png: bool = True) -> Picture:
     """The figure as a Picture; `png=False` saves the time where no file is written."""
-    return Picture(name, title, says, inline_svg(figure, title), png_bytes(figure) if png else b"", note)
+    return Picture(name, title, says, inline_svg(figure, says), png_bytes(figure) if png else b"", note)
 
 
 def png_bytes(figure) -> bytes:
@@ -55,13 +55,13 @@ def png_bytes(figure) -> bytes:
     return out.getvalue()
 
 
-def inline_svg(figure, title: str) -> str:
-    """An <svg> element that takes the width of its place; its texts are text, in the page's font."""
+def inline_svg(figure, says: str) -> str:
+    """An <svg> element that takes the width of its place; its texts are text, in the page's font. `says`: see Picture."""
     import matplotlib
 
     out = io.StringIO()
     # the texts' widths are DejaVu's, which is wider than what pages are set in
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.image_inline": True, "svg.hashsalt": title}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.image_inline": True, "svg.hashsalt": says}):
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(out, format="svg", transparent=True, metadata=nothing)
     text = out.getvalue()
@@ -75,7 +75,7 @@ def inline_svg(figure, title: str) -> str:
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)
     opening = re.match(r"<svg[^>]*>", text)[0]
     box = re.search(r'viewBox="[^"]*"', opening)[0]
-    plain = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {box} role="img" aria-label="{_escaped(title)}">'
+    plain = f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {box} role="img" aria-label="{_escaped(says)}">'
     return plain + text[len(opening) :]
 
 

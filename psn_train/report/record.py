@@ -156,7 +156,9 @@ def open_run(where: str | os.PathLike) -> RunRecord:
     try:
         recipe = saved_recipe(json.loads((path / "recipe.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise ReportError(f"{path}/recipe.json cannot be read, so this is no run that can be reported: {error}") from error
+        raise ReportError(
+            f"{path}/recipe.json cannot be read, so this is no run that can be reported: {error}"
+        ) from error
     record = RunRecord(path, recipe)
     _read_lines(record)
     record.starts = read_starts(path)
