@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from psn_train.recipe import load_recipe, recipe_path
+from psn_train.report import matrices, picture
 from psn_train.training.heartbeat import Heartbeat, write_heartbeat
 
 LAYERS = ("sn1", "layer1.0.sn1")
@@ -47,6 +48,13 @@ def beat(run: Path, ended: str | None = None) -> None:
     who = {"rank": 0, "world_size": 1, "host": socket.gethostname(), "pid": os.getpid()}
     where = {"step": 1, "phase": "compute", "phase_s": 0.0, "idle_s": 0.0, "time": time.time(), "every_s": 10.0}
     write_heartbeat(run, Heartbeat(**who, **where, ended=ended))
+
+
+def leave_pictures_out(monkeypatch) -> None:
+    """Figures are made but not drawn, which takes most of a report's time."""
+    for module in (picture, matrices):
+        monkeypatch.setattr(module, "inline_svg", lambda figure, says: "<svg></svg>")
+        monkeypatch.setattr(module, "png_bytes", lambda figure: b"PNG")
 
 
 class _Links(HTMLParser):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import metrics, results_of, small_document, train_here
 from event_data import events_document
-from report_runs import beat, links, make_run, outside
+from report_runs import beat, leave_pictures_out, links, make_run, outside
 from safetensors.torch import load_file
 
 from psn_train.cli import main
@@ -41,10 +41,12 @@ def dots_run(dot_shards, tmp_path_factory):
 
 @pytest.fixture
 def report(tmp_path, monkeypatch, capsys):
-    """report(RUN, ...) -> the page's text; nothing in the runs' folders is touched."""
+    """report(RUN, ...) -> the page's text; nothing in the runs' folders is touched. Pictures are drawn if asked for."""
     monkeypatch.chdir(tmp_path)
 
-    def make(*words, out: str = "page") -> str:
+    def make(*words, out: str = "page", draws: bool = False) -> str:
+        if not draws:
+            leave_pictures_out(monkeypatch)
         runs = [word for word in words if hasattr(word, "rglob")]
         before = {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*")}
         capsys.readouterr()
@@ -77,7 +79,7 @@ def test_what_a_page_loads_is_seen():
 
 
 def test_a_page_of_a_run_of_images(digits_run, report, tmp_path):
-    page = report(digits_run)
+    page = report(digits_run, draws=True)
     text, results = text_of(page), results_of({"run_dir": digits_run})
     best, last = results["best"], results["last"]
     assert f"best top-1 {best['top1']:.2f} % epoch {best['epoch'] + 1};" in text
@@ -139,9 +141,12 @@ def test_an_unfinished_run_without_a_checkpoint(tmp_path, report):
     with open(run / "metrics.jsonl", "a") as file:
         file.write('not json\n{"kind": "train", "st')
     text = text_of(report(run))
-    assert "not complete, and not going on" in text and "epoch 3 of 256" in text
+    assert "not complete, and not going on" in text and "epoch 3.004 of 256" in text
     assert "There is no checkpoint to read them from" in text and "There is no checkpoint to evaluate" in text
-    assert "1 lines of metrics.jsonl cannot be read" in text and "Not recorded: there is no starts.jsonl" in text
+    assert (
+        "metrics.jsonl that cannot be read and are left out: 1." in text
+        and "Not recorded: there is no starts.jsonl" in text
+    )
     assert "sequential_cifar/logs/scf10/if5_e256_b128_sgd_lr0.1_c128_amp" in text
     assert "all 50,000 training images; tested after each epoch on the 10,000 test images" in text
     assert "45,000 training images; evaluated on 5,000 held-out training samples" in text
@@ -190,9 +195,9 @@ def test_a_run_that_goes_on_is_not_evaluated(digits_run, report, tmp_path, ended
     shutil.copytree(digits_run, run)
     (run / "results.json").unlink()
     beat(run, ended)
-    text = text_of(report(run))
-    assert ("Nothing is evaluated while the run goes on" in text) == (ended is None)
-    assert ("going on" in text) == (ended is None)
+    page = report(run)
+    assert ("Nothing is evaluated while the run goes on" in page) == (ended is None)
+    assert (">going on<" in page) == (ended is None)
 
 
 @pytest.mark.parametrize(
@@ -234,4 +239,4 @@ def test_best_and_last_are_the_trainers(digits_run, tmp_path):
         for record in (whole, cut):
             assert record.chosen(which)["step"] == results[which]["step"]
     assert (whole.state, cut.state) == ("complete", "stopped")
-    assert whole.step == results["steps"] == metrics(run)[-1]["step"] and whole.epochs(whole.evals)[-1] == 3.0
+    assert whole.step == results["steps"] == metrics(run)[-1]["step"] and whole.epochs(whole.evals)[-1] == 19 * 24 / 150

@@ -70,7 +70,7 @@ def draw_confusion(counts: np.ndarray, classes: list[str], name: str, *, png: bo
     else:
         shown = counts
     share = 100 * shown / np.maximum(shown.sum(1, keepdims=True), 1)
-    side = 4.6 if len(shown) <= _NUMBERED else 5.6
+    side = 4.4 if len(shown) <= _NUMBERED else 4.9
     figure = new_figure(side + 0.8, side)
     axis = figure.subplots()
     from matplotlib.colors import PowerNorm
@@ -83,12 +83,12 @@ def draw_confusion(counts: np.ndarray, classes: list[str], name: str, *, png: bo
             bright = image.norm(share[row, column]) > 0.6
             colour = "#000000" if bright else "#ffffff"
             text = f"{shown[row, column]:,}"
-            axis.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour)
+            axis.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
     if K <= _NAMED:
         names = [_short(text) for text in classes]
         turned = 90 if max(map(len, names)) > 2 else 0
-        axis.set_xticks(range(K), names, rotation=turned, fontsize=8)
-        axis.set_yticks(range(K), names, fontsize=8)
+        axis.set_xticks(range(K), names, rotation=turned, fontsize=9)
+        axis.set_yticks(range(K), names, fontsize=9)
     elif K > MOST_CELLS:
         axis.set_xticks([])
         axis.set_yticks([])
@@ -96,7 +96,7 @@ def draw_confusion(counts: np.ndarray, classes: list[str], name: str, *, png: bo
     axis.set_ylabel("true class")
     bar = figure.colorbar(image, ax=axis, pad=0.02, ticks=[0, 1, 5, 20, 50, 100])
     bar.set_label("% of the true class", color=INK, fontsize=9)
-    bar.ax.tick_params(colors=INK, labelsize=8)
+    bar.ax.tick_params(colors=INK, labelsize=9)
     bar.outline.set_visible(False)
     says = f"Confusion matrix of {K} classes; {np.trace(counts):,} of {counts.sum():,} samples on the diagonal"
     return finish(figure, name, "Confusion matrix", says, note, png=png)

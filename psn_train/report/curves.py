@@ -17,7 +17,7 @@ from psn_train.report.record import RunRecord
 _MOST_POINTS = 600
 # so many points are marked one by one
 _MARKED = 40
-_SIZE = (5.4, 3.4)
+_SIZE = (5.2, 3.3)
 _SMALL = (4.4, 2.8)
 
 
@@ -89,7 +89,7 @@ def _with_paper(records: list[RunRecord], papers: list[PaperLog | None], which: 
     for record, colour, name in _labels(records):
         evaluated = _evaluated(record)
         for lines, key, label, style in (
-            (record.train, which, "training", {"alpha": 0.45, "linewidth": 1.0}),
+            (record.train, which, "training", {"alpha": 0.6, "linewidth": 1.0}),
             (record.evals, which, evaluated, {"linewidth": 2.0}),
             (record.evals, f"ema_{which}", f"{evaluated}, EMA", {"linewidth": 1.5, "linestyle": DASHES[2]}),
         ):
@@ -155,10 +155,10 @@ def _single(records: list[RunRecord], key: str, title: str, label: str, scale: f
     units = sorted({record.unit for record in records})
     plain_axis(axis)
     axis.set_xlim(0, furthest(records) or 1)
-    if key not in ("loss_scale", "grad_norm"):
-        axis.set_ylim(bottom=0)
     if key == "loss_scale":
         axis.set_yscale("log", base=2)
+    elif key != "grad_norm":
+        axis.set_ylim(0, 1.05 * axis.dataLim.y1 or 1.0)
     axis.set_xlabel(x_label(records))
     axis.set_ylabel(label.format(unit=" or ".join(units)))
     if len(records) > 1:
@@ -191,12 +191,15 @@ def draw_over_layers(
     image = axis.imshow(table, aspect="auto", cmap="cividis", vmin=0, vmax=highest, interpolation="none")
     plain_axis(axis, grid=False)
     step = -(-len(layers) // 40)
-    axis.set_yticks(range(0, len(layers), step), layers[::step], fontsize=7.5)
+    axis.set_yticks(range(0, len(layers), step), layers[::step], fontsize=9)
     shown = np.unique(np.linspace(0, len(lines) - 1, min(6, len(lines))).round().astype(int))
-    axis.set_xticks(shown, [f"{lines[place]['epoch'] + 1}" for place in shown])
+    # an evaluation where the run was cut is within an epoch
+    whole = [line.get("candidate", True) or not record.steps_per_epoch for line in lines]
+    ends = [f"{line['epoch'] + 1}" if whole[i] else f"{record.epochs([line])[0]:.2f}" for i, line in enumerate(lines)]
+    axis.set_xticks(shown, [ends[place] for place in shown])
     axis.set_xlabel("epoch")
     bar = figure.colorbar(image, ax=axis, pad=0.02)
     bar.set_label(label, color=INK, fontsize=9)
-    bar.ax.tick_params(colors=INK, labelsize=8)
+    bar.ax.tick_params(colors=INK, labelsize=9)
     bar.outline.set_visible(False)
     return finish(figure, name, title, f"{title}, by layer and epoch, of {record.name}", png=png)

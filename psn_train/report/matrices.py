@@ -88,7 +88,10 @@ def _draw_matrix(left, right, layer: Layer, bound: float) -> None:
     left.set_xlabel("input step", fontsize=7.5, color=INK, labelpad=1)
     left.set_ylabel("output step", fontsize=7.5, color=INK, labelpad=1)
     right.set_ylim(left.get_ylim())
-    right.barh(range(T), layer.thresholds, color=SERIES[0], height=0.7)
+    if T <= _WRITTEN:
+        right.barh(range(T), layer.thresholds, color=SERIES[0], height=0.7)
+    else:
+        right.stairs(layer.thresholds, np.arange(T + 1) - 0.5, orientation="horizontal", fill=True, color=SERIES[0])
     right.axvline(0, color=MUTED, linewidth=0.8)
     right.tick_params(axis="y", left=False, labelleft=False)
     low, high = min(0.0, layer.thresholds.min()), max(0.0, layer.thresholds.max())

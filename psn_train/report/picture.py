@@ -56,7 +56,11 @@ def png_bytes(figure) -> bytes:
 
 
 def inline_svg(figure, says: str) -> str:
-    """An <svg> element that takes the width of its place; its texts are text, in the page's font. `says`: see Picture."""
+    """An <svg> element that takes the width of its place; its texts are text, in the page's font.
+
+    Args:
+        says: what it shows, in words.
+    """
     import matplotlib
 
     out = io.StringIO()
@@ -109,4 +113,4 @@ def legend(axis, **where) -> None:
     """A legend without a box, where there is anything to name."""
     handles, labels = axis.get_legend_handles_labels()
     if handles:
-        axis.legend(handles, labels, frameon=False, fontsize=8.5, labelcolor=INK, **where)
+        axis.legend(handles, labels, frameon=False, fontsize=9.5, labelcolor=INK, **where)
