@@ -126,7 +126,7 @@ def worst_classes(counts: np.ndarray, classes: list[str], most: int = 6) -> list
 def hardest_samples(recipe: Recipe, samples: Samples, answers: Answers, count: int) -> list[Hard]:
     """The samples whose true class the network finds least probable, decoded from their shards.
 
-    Of a recording all frames that the network sees, one upon the other.
+    Of a recording the frame in the middle of those that the network sees.
     """
     shown = []
     for place in answers.hardest(count):
@@ -147,7 +147,7 @@ def hardest_samples(recipe: Recipe, samples: Samples, answers: Answers, count: i
 
 
 def sample_picture(recipe: Recipe, samples: Samples, sample_id: int) -> Image.Image:
-    """A sample for people: the image of a shard as it is, no larger than needed; a recording's frames, summed."""
+    """A sample for people: the image of a shard as it is, no larger than needed; a recording's middle frame."""
     if recipe.events is None:
         image = decode_image(samples.reader.read(sample_id), recipe.model.in_chans)
         image.thumbnail((_SIDE, _SIDE))
@@ -157,9 +157,9 @@ def sample_picture(recipe: Recipe, samples: Samples, sample_id: int) -> Image.Im
     ids = np.array([sample_id])
     batch = Batch(stream.stack([recording]), torch.zeros(1, dtype=torch.int64), ids, np.zeros_like(ids))
     frames, _ = EventInputs(recipe, torch.device("cpu"))(batch, training=False)
-    # [T, 1, C, H, W] -> [2, H, W]
-    total = by_sign(frames[:, 0].numpy()).sum(0)
-    return Image.fromarray(paint(total))
+    # [T, 1, C, H, W] -> [2, H, W]; all steps upon each other would be a blot
+    shown = by_sign(frames[:, 0].numpy())[len(frames) // 2]
+    return Image.fromarray(paint(shown))
 
 
 def data_url(image: Image.Image) -> str:

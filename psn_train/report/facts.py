@@ -77,12 +77,16 @@ def summary(record: RunRecord) -> list[Fact]:
 
 
 def _progress(record: RunRecord) -> Fact:
-    per_epoch, planned = record.steps_per_epoch, record.total_steps
-    updates = f"{record.step:,}" + (f" of {planned:,}" if planned else "") + " updates"
+    per_epoch, total = record.steps_per_epoch, record.total_steps
+    updates = f"{record.step:,}" + (f" of {total:,}" if total else "") + " updates"
     if per_epoch is None:
         return Fact("progress", updates)
-    of = f" of {planned / per_epoch:.4g}" if planned else ""
-    return Fact("progress", f"epoch {record.step / per_epoch:.4g}{of}", updates)
+    done, of = record.step / per_epoch, ""
+    if total:
+        # the last batch may reach into an epoch that is not the run's
+        planned = record.recipe.schedule.epochs or total / per_epoch
+        done, of = min(done, planned), f" of {planned:.4g}"
+    return Fact("progress", f"epoch {done:.4g}{of}", updates)
 
 
 def _tested(record: RunRecord, which: str) -> dict | None:

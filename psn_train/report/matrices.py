@@ -14,7 +14,7 @@ from psn_train.report.picture import GRID, INK, MUTED, SERIES, inline_svg, new_f
 
 # inches of one layer's picture, of its square and of the bars beside it, and of what is left and below of them
 _WIDTH, _HEIGHT = 2.5, 1.72
-_SQUARE, _BARS, _LEFT, _BELOW, _BETWEEN = 1.25, 0.72, 0.4, 0.38, 0.1
+_SQUARE, _BARS, _LEFT, _BELOW, _BETWEEN = 1.25, 0.64, 0.4, 0.38, 0.18
 # more in the common picture, for the layer's name
 _HEAD = 0.25
 _COLUMNS = 5
