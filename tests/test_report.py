@@ -130,6 +130,19 @@ def test_answers_are_kept_beside_the_page(digits_run, report, monkeypatch, capsy
     assert "Nothing was evaluated for this page" in report(digits_run, "--no-eval", out="third")
 
 
+def test_answers_that_are_damaged_are_taken_again(digits_run, report, tmp_path):
+
+    def shown() -> str:
+        return text_of(report(digits_run)).partition("Confusion matrix")[2].partition("psn-train ")[0]
+
+    first = shown()
+    assert "What is taken for what" in first
+    (kept,) = (tmp_path / "page").glob("answers_*.npz")
+    for damage in (b"", kept.read_bytes()[:200], b"PK" + kept.read_bytes()[2:400]):
+        kept.write_bytes(damage)
+        assert shown() == first
+
+
 def test_a_page_of_a_run_of_recordings(dots_run, report):
     text = text_of(page := report(dots_run))
     assert "recordings/s" in text and "split given" in text and "is right" in text.replace("is left", "is right")

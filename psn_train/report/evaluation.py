@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,8 @@ def samples_of(record: RunRecord, folder: Path, shards: str | None = None) -> Sa
     recipe, split = record.recipe, (record.meta or {}).get("split") or {}
     try:
         if shards is not None:
-            index, ids, words = load_index(shards), None, f"the samples of {shards}"
+            index, ids = load_index(shards), None
+            words = f"the samples of {index.place}"
             check_kind(index, recipe, "--shards")
             check_one_split(split.get("recordings"), index, "--shards")
             check_trained_sensor(split.get("sensor"), index, "--shards")
@@ -200,7 +202,7 @@ def _read(path: Path, key: str) -> Answers | None:
             if about["key"] != key:
                 return None
             return Answers(*(kept[name] for name in _ARRAYS), about["figures"], about["firing"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 

@@ -38,12 +38,12 @@ def follow(records: list[RunRecord], folder: Path, options: Options, every: floa
                 print("\n".join(map(_line, records)), flush=True)
             time.sleep(min(_LOOK, every))
             records = [_again(record) for record in records]
+        print("\n".join(map(_line, records)), flush=True)
+        files = write(records, folder, options)
     except KeyboardInterrupt:
         # else a browser would load it again for ever
         write(records, folder, meanwhile, seen, note="no longer followed")
         raise
-    print("\n".join(map(_line, records)), flush=True)
-    files = write(records, folder, options)
     print(f"{files[0]}: the page; beside it {len(files) - 1} pictures as PNG")
     return 0
 
