@@ -63,7 +63,7 @@ def _layer(name: str, neuron: Neuron) -> Layer:
     learned, fixed = {}, {}
     if isinstance(neuron, GLIF):
         # means over the channels and steps
-        learned = {key: float(value.mean()) for key, value in neuron.gates()._asdict().items()}
+        learned = {key: float(value.detach().mean()) for key, value in neuron.gates()._asdict().items()}
     elif isinstance(neuron, PLIF):
         learned = {"tau": float(1 / neuron.w.detach().sigmoid())}
     elif isinstance(neuron, KLIF):
