@@ -203,7 +203,7 @@ def metrics(run: str | Path, *, timeless: bool = True) -> list[dict]:
     lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     if timeless:
         for line in lines:
-            measured = ("images_per_s", "data_wait", "seconds", "data_s", "compute_s")
+            measured = ("images_per_s", "data_wait", "seconds", "data_s", "compute_s", "host_memory")
             for key in [key for key in line if key.startswith(measured)]:
                 del line[key]
     return lines

