@@ -47,6 +47,7 @@ from PIL import Image
 
 from psn_train.bench.timing import environment
 from psn_train.data.images import eval_transform, seeded, train_transform
+from psn_train.data.stream import PREFETCH
 from psn_train.data.turbo import Unflipped, open_turbo
 
 
@@ -128,12 +129,15 @@ def cpu(batches: Iterator, count: int) -> Callable[[], float]:
     return job
 
 
-def wall(batches: Iterator, count: int) -> Callable[[], float]:
-    """Seconds of `count` batches of decoding processes that are all at work."""
+def wall(batches: Iterator, count: int, ready: int = 0) -> Callable[[], float]:
+    """Seconds of `count` batches of decoding processes that are all at work.
+
+    Args:
+        ready: batches that may lie there when it begins, and are taken first.
+    """
 
     def job() -> float:
-        # as many are ready beforehand
-        for _ in range(count):
+        for _ in range(ready + count):
             next(batches)
         begin = time.perf_counter()
         for _ in range(count):
@@ -176,8 +180,8 @@ def photograph_jobs(options, tree: Path, shards: Path, small: Path) -> dict[str,
     }
     if workers:
         found[f"training, {workers} processes, wall clock"] = {
-            "timm": (wall(forever(timm_loader(tree, batch, True, workers)), count), images),
-            "psn_train": (wall(worker_loader(train_stream(turbo), workers), count), images),
+            "timm": (wall(forever(timm_loader(tree, batch, True, workers)), count, PREFETCH * workers), images),
+            "psn_train": (wall(worker_loader(train_stream(turbo), workers), count, PREFETCH * workers), images),
         }
     return found
 
@@ -199,7 +203,7 @@ def cifar_jobs(options, shards: Path) -> dict[str, dict[str, tuple[Callable, int
     if options.workers:
         peer = cifar_torchvision(options.cifar, options.cifar_images, batch, False, options.workers)
         found[f"CIFAR, crop and flip, {options.workers} processes, wall clock"] = {
-            "torchvision": (wall(peer, 2 * few), 2 * few * batch),
+            "torchvision": (wall(peer, 2 * few, PREFETCH * options.workers), 2 * few * batch),
             "psn_train, resident, one thread": (wall(cifar_resident(shards, batch, False)[1], 200), 200 * batch),
         }
     return found
