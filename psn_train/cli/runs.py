@@ -1,4 +1,4 @@
-"""`psn demo`, `train`, `eval`, `recipe`, `doctor`, `publish`."""
+"""`psn demo`, `train`, `eval`, `recipe`, `doctor`."""
 
 from __future__ import annotations
 
@@ -48,11 +48,6 @@ def add(verbs, verb) -> None:
         "--megabytes", type=positive, default=64.0, help="of the timed all-reduce (default: %(default)g)"
     )
     doctor.add_argument("--ranks", metavar="RUN", help="show instead where each rank of a run is, from RUN/ranks")
-
-    publish = verb("publish", _publish, "write a run's checkpoint as a folder in timm's hub format")
-    publish.add_argument("checkpoint", help="a run's folder or a folder step_XXXXXXXX, or a URL of one")
-    publish.add_argument("--to-folder", required=True, metavar="DIR")
-    publish.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run")
 
 
 def _demo(options) -> int:
@@ -188,14 +183,3 @@ def _doctor(options) -> int:
     from psn_train.doctor.machine import run_doctor
 
     return run_doctor()
-
-
-def _publish(options) -> int:
-    from psn_train.publish.hub import write_timm_folder
-
-    def say(text: str) -> None:
-        print(f"published: {text}")
-
-    out = write_timm_folder(options.checkpoint, options.to_folder, prefer=options.which, say=say)
-    print(f'{out}: import psn_train; timm.create_model("local-dir:{out}", pretrained=True)')
-    return 0

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 PYTHON = [sys.executable, "-m"]
+# of the weights that a demo trains: this package's own, as the digits' package allows
+LICENSE = "apache-2.0"
 
 
 def fresh_folder(out: str) -> Path:
@@ -71,7 +73,7 @@ def train(recipe: str, folder: Path, val: str = "val") -> None:
 def finish(
     folder: Path, name: str, picture: str, begin: float, val: str = "val", places: dict[str, str] | None = None
 ) -> None:
-    """Evaluate the run, write a timm folder, load it in a fresh process, and say where everything is.
+    """Evaluate the run, publish it to a folder for timm, load that in a fresh process, and say where everything is.
 
     Args:
         name: of the timm folder.
@@ -94,7 +96,9 @@ def finish(
     print(f"   top-1 {evaluated['top1']:.2f} % on {evaluated['count']} held-out digits")
     published = folder / name
     run_step(
-        "write a timm folder", [*PYTHON, "psn_train.cli", "publish", str(folder / "run"), "--to-folder", str(published)]
+        "publish to a folder, which a fresh process evaluates again",
+        [*PYTHON, "psn_train.cli", "publish", str(folder / "run"), "--to-folder", str(published)]
+        + ["--license", LICENSE],
     )
     loaded = json.loads(
         run_step(

@@ -1,11 +1,12 @@
 """Networks; importing this package registers them with timm."""
 
-from psn_train.models import conv_net, sew_resnet, weights
+from psn_train.models import conv_net, published, sew_resnet, weights
 from psn_train.models.conv_net import VGGSNN, CIFARNet, SequentialNet
 from psn_train.models.folding import fold_batch_norm
 from psn_train.models.inference import prepare
 from psn_train.models.network import SpikingNetwork
 from psn_train.models.packed_layers import set_memory
+from psn_train.models.published import register_pretrained
 from psn_train.models.registration import NETWORKS
 from psn_train.models.sew_resnet import SEWResNet
 from psn_train.models.weights import load_ann
@@ -21,6 +22,8 @@ __all__ = [
     "fold_batch_norm",
     "load_ann",
     "prepare",
+    "published",
+    "register_pretrained",
     "set_memory",
     "sew_resnet",
     "weights",

@@ -244,7 +244,6 @@ def _cfg(side: int, channels: int, mean: tuple[float, ...], std: tuple[float, ..
         "std": std,
         "first_conv": "layer1.0.conv",
         "classifier": "fc",
-        "license": "apache-2.0",
     }
 
 

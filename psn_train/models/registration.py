@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 import torch
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor
 
 from psn_train.models.network import SpikingNetwork
@@ -12,6 +12,8 @@ from psn_train.neurons import NEURONS, spiking_neurons
 
 # of all families
 NETWORKS: list[str] = []
+# of weights that are published, ARCHITECTURE.TAG -> the arguments of the network that they are of
+TAG_ARGUMENTS: dict[str, dict] = {}
 
 
 def register_family(
@@ -42,12 +44,29 @@ def register_family(
 
 
 def _entrypoint(name: str, cls: type[SpikingNetwork], fixed: dict, feature_cfg: dict | None) -> Callable:
-    def build(pretrained: bool = False, **kwargs) -> SpikingNetwork:
+    def build(
+        pretrained: bool = False, pretrained_cfg: PretrainedCfg | dict | str | None = None, **kwargs
+    ) -> SpikingNetwork:
         # timm takes keys out of the dict that it is given
         extra = {} if feature_cfg is None else {"feature_cfg": dict(feature_cfg)}
-        return build_model_with_cfg(
-            cls, name, pretrained, pretrained_filter_fn=check_pretrained, **extra, **fixed, **kwargs
+        known = sys.modules[build.__module__].default_cfgs[name]
+        if not pretrained_cfg and known.is_pretrained:
+            # without weights the bare name is the network as it is defined here, whatever was published
+            pretrained_cfg = known.tags[0] if pretrained else known.cfgs[""]
+        arguments = TAG_ARGUMENTS.get(f"{name}.{pretrained_cfg}", {}) if isinstance(pretrained_cfg, str) else {}
+        model = build_model_with_cfg(
+            cls,
+            name,
+            pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_filter_fn=check_pretrained,
+            **extra,
+            **fixed,
+            **{**arguments, **kwargs},
         )
+        # create_model adds what it was given, and save_for_hf writes both
+        model._model_args = dict(arguments)
+        return model
 
     build.__name__ = build.__qualname__ = name
     architecture = name.removesuffix(f"_{fixed['neuron']}")

@@ -264,7 +264,6 @@ register_family(
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "conv1",
         "classifier": "fc",
-        "license": "apache-2.0",
     },
     feature_cfg={"out_indices": (0, 1, 2, 3, 4), "feature_cls": "getter"},
 )

@@ -18,6 +18,7 @@ from torch import nn
 from psn_train.models.layouts import Layout, recognise
 from psn_train.models.weight_files import WeightFile, matches, read_weight_file
 from psn_train.models.weights import MAY_DIFFER, Account, load_layout, load_tensors, read_source
+from psn_train.publish.folder import replace_folder
 
 TARGETS = ("timm", "spikingjelly")
 # CIFAR-100 as the authors normalise it; the networks' own configuration is that of CIFAR-10
@@ -162,25 +163,10 @@ def _to_timm(
     try:
         # timm fills model_args from the arguments that create_model was given
         save_for_hf(model, str(aside), model_config={"psn_train": {"converted_from": note}}, safe_serialization=True)
-        _replace_folder(aside, out, old)
+        replace_folder(aside, out, old)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return account
-
-
-def _replace_folder(new: Path, out: Path, old: Path) -> None:
-    """Rename `new` to `out`. What was there is called `old` meanwhile, and `out` again if that fails."""
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    try:
-        os.replace(new, out)
-    except BaseException:
-        # an interrupt may come after the rename
-        if old.exists() and not out.exists():
-            os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_folder(out: Path) -> None:

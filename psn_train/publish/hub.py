@@ -1,4 +1,4 @@
-"""Checkpoint -> a folder in timm's hub format, and back."""
+"""Networks read back: a run, a checkpoint, or a folder in timm's hub format; evaluated on shards."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from psn_train.data.fetch import hide_password
 from psn_train.data.index import ShardIndex, load_index
 from psn_train.data.reader import SampleReader
 from psn_train.models.folding import fold_batch_norm
-from psn_train.neurons import get_lambda
 from psn_train.recipe import Recipe, saved_recipe
 from psn_train.training.build import load_network
 from psn_train.training.checkpoint import CheckpointError, find_checkpoint, last_checkpoint, read_best, read_meta
 from psn_train.training.evaluate import evaluate, make_eval_loader
-from psn_train.training.results import results_of_checkpoint, weights_of
+from psn_train.training.results import weights_of
 from psn_train.training.storage import place
 
 
@@ -146,67 +145,6 @@ def load_any(
     if (Path(where) / "config.json").exists():
         return load_timm_folder(where)
     return load_run(where, prefer=prefer, weights=weights)
-
-
-def write_timm_folder(
-    where: str | os.PathLike, out: str | os.PathLike, *, prefer: str = "best", say=lambda text: None
-) -> Path:
-    """A run's checkpoint as `timm.create_model("local-dir:OUT")` and the hub take it: config.json, model.safetensors.
-
-    Args:
-        say: called with which checkpoint and weights they are.
-
-    Raises:
-        CheckpointError: `out` holds something else, or a masked PSN's lambda is below 1.
-    """
-    from timm.models import save_for_hf
-
-    if (Path(where) / "config.json").exists():
-        raise CheckpointError(f"{where} is a timm folder already; publish takes a run or a folder step_XXXXXXXX")
-    model, recipe, meta = load_run(where, prefer=prefer)
-    out = Path(out)
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
-        raise CheckpointError(f"{out} is not empty and holds no config.json; choose another folder")
-    lambda_ = get_lambda(model)
-    if lambda_ is not None and lambda_ < 1:
-        raise CheckpointError(
-            f"{meta['path']}: lambda = {lambda_:.4f} < 1: this masked PSN still looks into the future. Publish a "
-            "checkpoint of an epoch with lambda = 1 (--which last, or its folder step_XXXXXXXX), or train to the end."
-        )
-    augment, side, channels = recipe.augment, recipe.data.image_size, recipe.model.in_chans
-    # counts of events are not normalised
-    mean, std = ([0.0] * channels, [1.0] * channels) if recipe.events is not None else (augment.mean, augment.std)
-    resizes = augment.crop == "random_resized" or augment.eval_resize is not None
-    model.pretrained_cfg = {
-        **model.pretrained_cfg,
-        "input_size": (channels, side, side),
-        "mean": tuple(mean),
-        "std": tuple(std),
-        "interpolation": augment.interpolation,
-        "crop_pct": side / (augment.eval_resize or math.floor(side / 0.875)) if resizes else 1.0,
-        "num_classes": model.num_classes,
-    }
-    config = {
-        "psn_train": {
-            "recipe": shown_recipe(recipe),
-            "recipe_hash": meta["recipe_hash"],
-            "results": results_of_checkpoint(place(meta["path"]), meta),
-            "step": meta["step"],
-            "epoch": meta["epoch"],
-            "weights": meta["weights"],
-            "split": meta.get("split"),
-            "versions": meta["versions"],
-        }
-    }
-    try:
-        config["label_names"] = load_index(recipe.data.train).classes
-    except ValueError:
-        # the shards need not be where the checkpoint is
-        config.pop("label_names", None)
-    say(weights_text(where, meta, prefer))
-    # timm fills model_args from the arguments that create_model was given
-    save_for_hf(model, str(out), model_config=config, safe_serialization=True)
-    return out
 
 
 def shown_recipe(recipe: Recipe) -> dict:

@@ -57,5 +57,7 @@ def _meta(run: Run, updater: Updater, bad: list[str]) -> dict:
         "recipe_hash": recipe_hash(run.recipe),
         "versions": versions(),
         "world_size": plan.world_size,
+        # a CPU's sums depend on it in their last bits
+        "threads": torch.get_num_threads(),
         "device": "cpu" if run.device.type == "cpu" else torch.cuda.get_device_name(run.device),
     }
