@@ -1,8 +1,10 @@
 """Fixtures: small shards of real digits, shared data where it is present, training runs in processes of their own."""
 
+import contextlib
 import copy
 import dataclasses
 import faulthandler
+import io
 import json
 import multiprocessing
 import os
@@ -149,6 +151,42 @@ def engine_alone(recipe, model, device: torch.device | None = None):
 
     alone = SimpleNamespace(device=device or torch.device("cpu"), num_processes=1, prepare=lambda network: network)
     return DataParallel(recipe, model, build_optimizer(model, recipe), alone)
+
+
+def timm_folder(where: str | Path, out: Path, prefer: str = "best") -> Path:
+    """What `psn publish` writes of a checkpoint, without its card and before it is checked."""
+    from psn_train.publish.folder import open_source, write_folder
+
+    write_folder(open_source(where, prefer), out)
+    return out
+
+
+@contextlib.contextmanager
+def checked_in_this_process():
+    """What `psn publish` does in a fresh process costs its imports; here it is done in this one."""
+    from psn_train.publish import check
+
+    def run(words, *, input, **_):
+        assert words == [sys.executable, "-m", "psn_train.publish.check"]
+        out, before = io.StringIO(), sys.stdin
+        sys.stdin = io.StringIO(input)
+        try:
+            with contextlib.redirect_stdout(out):
+                check.main()
+        finally:
+            sys.stdin = before
+        return SimpleNamespace(returncode=0, stdout=out.getvalue())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "subprocess", SimpleNamespace(run=run, PIPE=subprocess.PIPE))
+        yield
+
+
+@pytest.fixture
+def checked_here():
+    """See `checked_in_this_process`."""
+    with checked_in_this_process():
+        yield
 
 
 def results_of(document: dict) -> dict:

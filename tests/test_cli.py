@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import merged, small_document
+from conftest import checked_in_this_process, merged, small_document
 from PIL import Image
 
 import psn_train
@@ -70,7 +70,9 @@ def run_folder(digit_shards, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def published(run_folder) -> Path:
     folder = run_folder.parent / "published"
-    assert main(["publish", str(run_folder), "--to-folder", str(folder)]) == 0
+    with checked_in_this_process():
+        words = ["--to-folder", str(folder), "--license", "mit", "--workers", "0"]
+        assert main(["publish", str(run_folder), *words]) == 0
     return folder
 
 
@@ -214,7 +216,7 @@ def test_eval_of_a_run_and_of_its_published_folder_agree(run_folder, published, 
     assert folded["firing"].keys() == of_run["firing"].keys()
 
 
-def test_eval_and_publish_say_what_they_took(run_folder, published, digit_shards, tmp_path, psn):
+def test_eval_and_publish_say_what_they_took(run_folder, published, digit_shards, tmp_path, psn, checked_here):
     results = json.loads((run_folder / "results.json").read_text())
     best = f"step_{results['best']['step']:08d}"
     # the best may be the last
@@ -226,7 +228,7 @@ def test_eval_and_publish_say_what_they_took(run_folder, published, digit_shards
     assert "last checkpoint, step_00000008 (step 8, epoch 2), weights: model\n" in out
     _, out, _ = psn("eval", published, *val)
     assert f"evaluated: {published}, published from step {results['best']['step']}, epoch " in out
-    _, out, _ = psn("publish", run_folder, "--to-folder", tmp_path / "out")
+    _, out, _ = psn("publish", run_folder, "--to-folder", tmp_path / "out", "--license", "mit", "--workers", 0)
     assert out.startswith(f"published: the {taken}") and "weights: model\n" in out
     train = ["--shards", digit_shards / "train", "--workers", 0]
     for checkpoint in (run_folder, published):
@@ -308,7 +310,8 @@ def test_a_masked_psn_that_sees_the_future_is_not_published(digit_shards, tmp_pa
     document = merged(small_document(digit_shards, tmp_path / "run"), {"model": model, "schedule": schedule})
     recipe = write_recipe(tmp_path / "masked.yaml", document)
     assert psn("train", recipe)[0] == 0
-    mistake("publish", tmp_path / "run", "--to-folder", tmp_path / "out", says="still looks into the future")
+    words = ["publish", tmp_path / "run", "--to-folder", tmp_path / "out", "--license", "mit"]
+    mistake(*words, says="still looks into the future")
     assert not (tmp_path / "out").exists()
 
 
@@ -343,8 +346,8 @@ def test_mistakes_about_checkpoints(run_folder, published, digit_shards, image_f
     mistake("eval", tmp_path, "--shards", val, says="no checkpoint at")
     mistake("eval", run_folder, "--shards", tmp_path, says="no shards at")
     mistake("eval", run_folder, "--shards", val, "--weights", "ema", says="holds no EMA")
-    mistake("publish", tmp_path, "--to-folder", tmp_path / "out", says="no checkpoint at")
-    mistake("publish", run_folder, "--to-folder", run_folder, says="is not empty")
+    mistake("publish", tmp_path, "--to-folder", tmp_path / "out", "--license", "mit", says="no checkpoint at")
+    mistake("publish", run_folder, "--to-folder", run_folder, "--license", "mit", says="is not empty")
     # eleven classes, the network tells ten apart
     other = tmp_path / "other"
     shutil.copytree(image_folder / "val", other / "val")
@@ -361,7 +364,7 @@ def test_a_recipe_that_changed_is_refused(run_folder, mistake):
 
 
 def test_words_that_the_command_does_not_know(psn, capsys):
-    for words in (["trian"], ["shards"], ["eval", "run"], ["publish", "run"]):
+    for words in (["trian"], ["shards"], ["eval", "run"], ["publish"]):
         with pytest.raises(SystemExit) as end:
             psn(*words)
         assert end.value.code == 2 and "usage: psn" in capsys.readouterr().err

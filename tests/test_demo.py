@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import merged, small_document, train_here
+from conftest import merged, small_document, timm_folder, train_here
 from event_data import EVENTS
 from PIL import Image
 
@@ -23,7 +23,7 @@ from psn_train.demo import images as images_demo
 from psn_train.demo.digits import HELD_OUT, held_out
 from psn_train.demo.fresh import Answers, answer, load_and_draw
 from psn_train.demo.pictures import draw_events
-from psn_train.publish.hub import evaluate_folder, write_timm_folder
+from psn_train.publish.hub import evaluate_folder
 from psn_train.recipe import load_recipe, recipe_path
 
 
@@ -85,7 +85,7 @@ def test_events_from_recordings_to_the_picture_of_what_was_published(recordings,
     }
     document = merged(EVENTS, {**changes, "data": {**changes["data"], "image_size": 34}})
     assert train_here(document) == 0
-    published = write_timm_folder(tmp_path / "run", tmp_path / "published")
+    published = timm_folder(tmp_path / "run", tmp_path / "published")
     result, _, _ = evaluate_folder(published, str(tmp_path / "shards" / "test"), workers=0, device="cpu")
     capsys.readouterr()
     drawn = []
@@ -104,7 +104,7 @@ def test_events_from_recordings_to_the_picture_of_what_was_published(recordings,
 
 def test_images_from_shards_to_the_picture_of_what_was_published(digit_shards, tmp_path, capsys):
     assert train_here(merged(small_document(digit_shards, tmp_path / "run"), {"schedule": {"epochs": 1}})) == 0
-    published = write_timm_folder(tmp_path / "run", tmp_path / "published")
+    published = timm_folder(tmp_path / "run", tmp_path / "published")
     val = str(digit_shards / "val")
     result, _, _ = evaluate_folder(published, val, workers=0, device="cpu")
     capsys.readouterr()

@@ -9,14 +9,24 @@ import foreign_networks as foreign
 import pytest
 import timm
 import torch
-from conftest import assert_same_run, engine_alone, merged, metrics, results_of, train_here, weights, without_crcs
+from conftest import (
+    assert_same_run,
+    engine_alone,
+    merged,
+    metrics,
+    results_of,
+    timm_folder,
+    train_here,
+    weights,
+    without_crcs,
+)
 from event_data import DURATION, say, write_dots
 
 from psn_train.cli import main
 from psn_train.data.index import load_index
 from psn_train.data.reader import SampleReader
 from psn_train.data.stream import EvalStream, TrainStream
-from psn_train.publish.hub import evaluate_folder, load_timm_folder, write_timm_folder
+from psn_train.publish.hub import evaluate_folder, load_timm_folder
 from psn_train.recipe import check_recipe, load_recipe, make_plan, packaged_recipes, recipe_path
 from psn_train.training.build import build_model
 from psn_train.training.inputs import EvalInputs, TrainInputs
@@ -212,7 +222,7 @@ def test_published_and_evaluated_as_in_the_run(small_events, dot_shards, tmp_pat
     document = small_events("run", model=VGG, events={"scale": 0.5})
     del document["model"]["args"]["stem"]
     assert train_here(document) == 0
-    out = write_timm_folder(document["run_dir"], tmp_path / "published", prefer="last")
+    out = timm_folder(document["run_dir"], tmp_path / "published", prefer="last")
     config = json.loads((out / "config.json").read_text())
     cfg = config["pretrained_cfg"]
     assert (cfg["input_size"], cfg["mean"], cfg["std"], cfg["crop_pct"]) == ([2, 16, 16], [0, 0], [1, 1], 1.0)
@@ -243,7 +253,7 @@ def test_evaluation_refuses_the_other_kind_and_another_split(small, small_events
     data = {"train": str(drawn / "train"), "val": None, "hold_out": 2}
     seeded = small_events("seeded", data=data, events={"split": "random"}, schedule={"epochs": 1})
     assert train_here(seeded) == 0
-    published = {"run_dir": str(write_timm_folder(seeded["run_dir"], tmp_path / "published"))}
+    published = {"run_dir": str(timm_folder(seeded["run_dir"], tmp_path / "published"))}
     complaints = []
     for run, shards in (
         (images, own / "test"),

@@ -144,7 +144,9 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(small, refere
     assert_same_run(cut["run_dir"], reference)
 
 
-def test_a_run_whose_checkpoints_are_in_a_store(small, reference, memory_url, digit_shards, tmp_path, capsys):
+def test_a_run_whose_checkpoints_are_in_a_store(
+    small, reference, memory_url, digit_shards, tmp_path, capsys, checked_here
+):
     """Stopped and resumed, with transient errors; evaluated and published from the URL and from the run's folder."""
     section = {**EVERY, "dir": memory_url, "keep_last": 1}
     test = {"val": None, "test": str(digit_shards / "val"), "hold_out": 30}
@@ -185,8 +187,8 @@ def test_a_run_whose_checkpoints_are_in_a_store(small, reference, memory_url, di
 
     figures = [psn("eval", where, "--shards", digit_shards / "val", "--json") for where in (memory_url, run, local)]
     assert figures[0] == figures[1] == figures[2]
-    psn("publish", memory_url, "--to-folder", tmp_path / "published")
-    psn("publish", local, "--to-folder", tmp_path / "published_local")
+    psn("publish", memory_url, "--to-folder", tmp_path / "published", "--license", "mit")
+    psn("publish", local, "--to-folder", tmp_path / "published_local", "--license", "mit")
     one, other = (load((tmp_path / n / "model.safetensors").read_bytes()) for n in ("published", "published_local"))
     assert all(torch.equal(one[key], value) for key, value in other.items())
     # the test set is shown what the store has

@@ -44,7 +44,9 @@ def bucket(monkeypatch):
     running.stop()
 
 
-def test_killed_in_any_request_and_resumed_equals_the_run_on_a_disk(bucket, digit_shards, tmp_path, capsys):
+def test_killed_in_any_request_and_resumed_equals_the_run_on_a_disk(
+    bucket, digit_shards, tmp_path, capsys, checked_here
+):
     section = {"every_steps": 4, "keep_last": 1, "retry_seconds": 0.1}
     local = merged(small_document(digit_shards, tmp_path / "local"), {"checkpoint": section, "ema": {"decay": 0.9}})
     remote = merged(local, {"run_dir": str(tmp_path / "remote"), "checkpoint": {"dir": f"{bucket}/runs/one"}})
@@ -70,7 +72,8 @@ def test_killed_in_any_request_and_resumed_equals_the_run_on_a_disk(bucket, digi
 
     shards = ("--shards", digit_shards / "val", "--json")
     assert psn("eval", f"{bucket}/runs/one", *shards) == psn("eval", local["run_dir"], *shards)
-    assert "published: the best checkpoint" in psn("publish", f"{bucket}/runs/one/", "--to-folder", tmp_path / "out")
+    words = ("publish", f"{bucket}/runs/one/", "--to-folder", tmp_path / "out", "--license", "mit")
+    assert "published: the best checkpoint" in psn(*words)
 
 
 def test_a_bucket_that_is_not_there_is_an_error_at_the_start(bucket, small, monkeypatch):

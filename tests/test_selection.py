@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HELD_OUT, assert_same_run, metrics, results_of, run_in_child, train_here
+from conftest import HELD_OUT, assert_same_run, metrics, results_of, run_in_child, timm_folder, train_here
 
 from psn_train.data.index import load_index
 from psn_train.data.reader import SampleReader
@@ -171,7 +171,7 @@ def test_a_run_that_ends_early_leaves_the_test_set_alone(splitting, tests_seen, 
 
 @pytest.mark.parametrize("select_by", [None, "top1", "loss"])
 def test_the_weights_that_are_tested_are_those_selected_by(splitting, tmp_path, select_by):
-    from psn_train.publish.hub import evaluate_folder, write_timm_folder
+    from psn_train.publish.hub import evaluate_folder
 
     document = splitting(ema={"decay": 0.9}, checkpoint={"select_by": select_by}, schedule={"epochs": 2})
     assert train_here(document) == 0
@@ -184,7 +184,7 @@ def test_the_weights_that_are_tested_are_those_selected_by(splitting, tmp_path, 
         )
         assert found.loss == pytest.approx(test[which]["loss"], rel=1e-5)
     # and they are what is published
-    out = write_timm_folder(document["run_dir"], tmp_path / "out")
+    out = timm_folder(document["run_dir"], tmp_path / "out")
     config = json.loads((out / "config.json").read_text())["psn_train"]
     assert config["weights"] == weights
     found, _, _ = evaluate_folder(out, document["data"]["test"], workers=0)
@@ -192,8 +192,6 @@ def test_the_weights_that_are_tested_are_those_selected_by(splitting, tmp_path, 
 
 
 def test_selecting_on_the_test_set_is_said_everywhere(splitting, tests_seen, tmp_path, capsys):
-    from psn_train.publish.hub import write_timm_folder
-
     document = splitting(data={"hold_out": None, "select_on": "test"}, schedule={"epochs": 2})
     assert train_here(document) == 0
     printed = capsys.readouterr().out
@@ -205,7 +203,7 @@ def test_selecting_on_the_test_set_is_said_everywhere(splitting, tests_seen, tmp
     assert "selected on the test set, which is optimistic: best top1" in last_line(printed)
     results = results_of(document)
     meta = read_meta(find_checkpoint(document["run_dir"]))
-    out = write_timm_folder(document["run_dir"], tmp_path / "out")
+    out = timm_folder(document["run_dir"], tmp_path / "out")
     published = json.loads((out / "config.json").read_text())["psn_train"]["results"]
     assert results["selected_on"] == meta["results"]["selected_on"] == published["selected_on"] == "test"
     assert results["best"]["selected_on"] == results["last"]["selected_on"] == "test"
@@ -227,15 +225,13 @@ def test_nothing_selected_still_reports_the_last_on_the_test_set(splitting, caps
 
 
 def test_publishing_tells_what_the_weights_were_selected_and_tested_on(splitting, tmp_path):
-    from psn_train.publish.hub import write_timm_folder
-
     document = splitting(checkpoint={"every_steps": 4, "keep_last": 9})
     assert train_here(document) == 0
     results = results_of(document)
     run = Path(document["run_dir"])
 
     def published(where: Path, **options) -> dict:
-        out = write_timm_folder(where, tmp_path / "out", **options)
+        out = timm_folder(where, tmp_path / "out", **options)
         return json.loads((out / "config.json").read_text())["psn_train"]["results"]
 
     kept = {key: results[key] for key in ("selected_on", "best", "last", "test")}

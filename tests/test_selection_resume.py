@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import metrics, results_of, train_here, weights
+from conftest import metrics, results_of, timm_folder, train_here, weights
 
 from psn_train.data.index import load_index
 from psn_train.recipe import check_recipe
@@ -228,7 +228,7 @@ def test_a_run_that_was_cut_and_continued_reports_what_an_uninterrupted_one_does
 
 
 def test_a_run_that_is_cut_before_anything_is_selected_gives_its_last(splitting, tmp_path):
-    from psn_train.publish.hub import evaluate_folder, write_timm_folder
+    from psn_train.publish.hub import evaluate_folder
 
     document = splitting(data={"select_on": "test", "hold_out": None}, schedule={"stop_after_steps": 3})
     assert train_here(document) == 0
@@ -236,7 +236,7 @@ def test_a_run_that_is_cut_before_anything_is_selected_gives_its_last(splitting,
     assert results["best"] is results["test"]["best"] is None and results["test"]["last"]["step"] == 3
     found, _, _ = evaluate_folder(document["run_dir"], document["data"]["test"], workers=0)
     assert found.loss == pytest.approx(results["last"]["loss"], rel=1e-5)
-    out = write_timm_folder(document["run_dir"], tmp_path / "out")
+    out = timm_folder(document["run_dir"], tmp_path / "out")
     published = json.loads((out / "config.json").read_text())["psn_train"]["results"]
     assert published == {
         **{key: results[key] for key in ("selected_on", "best", "last", "test")},
