@@ -285,7 +285,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
 
 def test_what_is_published_holds_no_secret(small):
-    from psn_train.publish.folder import shown_recipe
+    from psn_train.publish.hub import shown_recipe
     from psn_train.recipe import check_recipe, recipe_hash
 
     url = "https://me:secret@h/train?sig=secret"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from psn_train.data.event_index import split_words
 from psn_train.data.fetch import hide_password
@@ -12,7 +13,9 @@ from psn_train.publish.claims import Claim
 from psn_train.publish.folder import Source
 from psn_train.publish.naming import License
 from psn_train.publish.usage import usage_code
+from psn_train.training.environment import read_starts
 from psn_train.training.results import SAMPLES, SELECTED
+from psn_train.training.storage import place
 
 _CITATION = """@inproceedings{fang2023parallel,
   title={Parallel Spiking Neurons with High Efficiency and Ability to Learn Long-term Dependencies},
@@ -302,6 +305,18 @@ def energy_text(energy: dict) -> str:
     )
 
 
+def _hardware(meta: dict) -> str:
+    """Of each start of the run up to this checkpoint; of the last one, where the run's folder is not at hand."""
+    path, found = place(meta["path"]), []
+    for start in read_starts(path.resolve().parent.parent) if isinstance(path, Path) else ():
+        if start["step"] < meta["step"]:
+            device = start["device"]
+            if device == "cpu":
+                device = f"{start['cpu']} ({start['threads']} thread{'s' * (start['threads'] > 1)})"
+            found.append(f"{start['world_size']} x {device}")
+    return "; then ".join(dict.fromkeys(found)) or f"{meta['world_size']} x {meta['device']}"
+
+
 def _training(card: Card) -> dict[str, str]:
     meta, recipe = card.source.meta, card.source.recipe
     versions = meta["versions"]
@@ -316,7 +331,7 @@ def _training(card: Card) -> dict[str, str]:
     if recipe.model.init_from is not None:
         rows["Started from"] = f"`{hide_password(recipe.model.init_from)}`"
     if "device" in meta:
-        rows["Hardware"] = f"{meta['world_size']} x {meta['device']}"
+        rows["Hardware"] = _hardware(meta)
     rows["Hours"] = f"{card.last['seconds'] / 3600:.2f} in all, evaluations included ({card.last['seconds']:,.0f} s)"
     rows["Versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     return rows
