@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import merged, small_document
+from conftest import checked_in_this_process, merged, small_document
 from safetensors.torch import load_file
 from timm.models import save_for_hf
 
@@ -34,7 +34,9 @@ def runs(digit_shards, tmp_path_factory):
     for name, changes in (("psn", kept), ("lif", other)):
         document = merged(small_document(digit_shards, folder / name), changes)
         assert train(check_recipe({**document, "name": name})) == 0
-    assert main(["publish", str(folder / "psn"), "--to-folder", str(folder / "timm")]) == 0
+    with checked_in_this_process():
+        words = ["--to-folder", str(folder / "timm"), "--license", "mit", "--workers", "0"]
+        assert main(["publish", str(folder / "psn"), *words]) == 0
     return folder
 
 
@@ -199,7 +201,7 @@ def steps_of(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_*"))
 
 
-def test_average_of_a_run(runs, digit_shards, psn, tmp_path):
+def test_average_of_a_run(runs, digit_shards, psn, tmp_path, checked_here):
     out = tmp_path / "average"
     options = ("--workers", 0, "--device", "cpu", "--batch-size", 25)
     words = ("--last", 3, "--to-folder", out, "--json", tmp_path / "a.json")
@@ -229,8 +231,11 @@ def test_average_of_a_run(runs, digit_shards, psn, tmp_path):
     # an average that is there is replaced
     assert psn("average", *parts[1:], "--to-folder", out, *options)[0] == 0
     assert len(json.loads((out / "state.json").read_text())["averaged"]["checkpoints"]) == 2
-    status, told, _ = psn("publish", out, "--to-folder", tmp_path / "timm")
+    status, told, _ = psn("publish", out, "--to-folder", tmp_path / "timm", "--license", "mit", "--workers", 0)
     assert status == 0 and "average, the average of 2 checkpoints" in told
+    card = (tmp_path / "timm" / "README.md").read_text()
+    steps = ", ".join(str(int(path.name.removeprefix("step_"))) for path in parts[1:])
+    assert f"the average of 2 checkpoints, after {steps} updates; nothing was selected for it." in card
     assert psn("energy", tmp_path / "timm", "--shards", digit_shards / "val", "--samples", 5, "--workers", 0)[0] == 0
 
 
