@@ -16,11 +16,13 @@ from torch import Tensor
 # sets of shapes that a function remembers; there are a few dozen in a network
 _MOST_KNOWN = 1024
 # loops over the same numbers are made one, and nothing between them is written to memory
-_OPTIONS = {
+_ONE_LOOP = {
     "realize_opcount_threshold": 100_000,
     "realize_reads_threshold": 100_000,
     "cpp.max_horizontal_fusion_size": 1024,
 }
+# of a function with more products to a loop, a CPU's registers do not hold what it sums
+_MOST_IN_ONE_LOOP = 64
 # for each argument, the axes along which it may have any size
 Sizes = tuple[tuple[int, ...], ...]
 
@@ -33,10 +35,11 @@ class CompiledFunction:
     Args:
         function: it depends on nothing but its arguments, and changes none.
         sizes: axes of any size; one that has size 1 keeps it.
+        options: of Inductor.
     """
 
-    def __init__(self, function: Callable, sizes: Sizes):
-        self.sizes = sizes
+    def __init__(self, function: Callable, sizes: Sizes, options: dict | None = None):
+        self.sizes, self.options = sizes, options or {}
         self._known: dict[tuple, Callable] = {}
         # (compiled graph, what it was called with, what it gave), of the last call through torch.compile
         self._last: tuple | None = None
@@ -73,7 +76,7 @@ class CompiledFunction:
         return value
 
     def _compile(self, graph, examples):
-        compiled = torch._dynamo.lookup_backend("inductor")(graph, examples, config_patches=_OPTIONS)
+        compiled = torch._dynamo.lookup_backend("inductor")(graph, examples, config_patches=self.options)
 
         def run(*inputs):
             results = compiled(*inputs)
@@ -128,10 +131,17 @@ def part_of(count: int) -> int:
 
 @functools.cache
 def compile_once(make: Callable[..., Callable], *arguments, sizes: Sizes, kind: tuple = ()) -> CompiledFunction:
-    """What `make` makes, compiled; each has a code of its own, since torch counts how often one is compiled."""
+    """What `make` makes, compiled; each has a code of its own, since torch counts how often one is compiled.
+
+    Args:
+        arguments: of `make`; where the first is a tuple, it has the products of each step out.
+        sizes: see `CompiledFunction`.
+        kind: what else code is compiled anew for.
+    """
     made = make(*arguments)
+    products = arguments[0] if arguments and isinstance(arguments[0], tuple) else ()
     # what a profiler shows: the number of steps with it
-    name = "_".join([made.__name__, *(str(len(value)) for value in arguments[:1] if isinstance(value, tuple))])
+    name = "_".join([made.__name__, *([str(len(products))] if products else [])])
     code = made.__code__.replace(co_name=name)
     own = types.FunctionType(code, made.__globals__, made.__name__, made.__defaults__, made.__closure__)
-    return CompiledFunction(own, sizes)
+    return CompiledFunction(own, sizes, _ONE_LOOP if sum(map(len, products)) <= _MOST_IN_ONE_LOOP else None)
