@@ -12,6 +12,7 @@ from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from psn_train.models.sew_resnet import SEWResNet
+from psn_train.neurons import PSN, kernels
 
 pytestmark = pytest.mark.distributed
 RANKS = 2
@@ -63,6 +64,20 @@ def cpu_sync_batch_norm(self, x):
     return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
 
 
+class JoinedLayer(nn.Module):
+    """Batch norm and PSN in one, y [T, N, C, H, W]."""
+
+    def __init__(self, sync=False):
+        super().__init__()
+        self.norm = (nn.SyncBatchNorm if sync else nn.BatchNorm2d)(3)
+        self.neuron = PSN(4)
+        with torch.no_grad():
+            self.norm.bias.fill_(0.7)
+
+    def forward(self, y):
+        return self.neuron(y, norm=self.norm)
+
+
 def worker(rank, port, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
@@ -87,7 +102,26 @@ def worker(rank, port, results):
         out, expected = synced(mine, per_step=True), single(x, per_step=True)[:, 2 * rank : 2 * rank + 2]
         buffers = dict(single.named_buffers())
         drift = max((b - buffers[n]).abs().max().item() for n, b in synced.named_buffers() if "running" in n)
+        # joined with the neuron: the same of the kernels' own statistics and gradients, of unequal parts of the batch
+        torch.manual_seed(2)
+        alone = JoinedLayer().double()
+        together = JoinedLayer(sync=True).double()
+        together.load_state_dict(alone.state_dict())
+        own = slice(0, 3) if rank == 0 else slice(3, 4)
+        whole, part = (images.clone().requires_grad_() for images in (x, x[:, own]))
+        with kernels.using_backend("compiled"):
+            whole_spikes, spikes = alone(whole), together(part)
+            whole_spikes.cos().mul(whole).sum().backward()
+            spikes.cos().mul(part).sum().backward()
+        joined = [(spikes - whole_spikes[:, own]).abs().max(), (part.grad - whole.grad[:, own]).abs().max()]
+        for ours, theirs in zip(together.parameters(), alone.parameters(), strict=True):
+            dist.all_reduce(ours.grad)
+            joined.append((ours.grad - theirs.grad).abs().max())
+        pairs = zip(together.buffers(), alone.buffers(), strict=True)
+        joined += [(ours - theirs).abs().max() for ours, theirs in pairs]
         results[rank] = {
+            "joined": [float(far) for far in joined],
+            "spikes": float(spikes.detach().mean()),
             "shape": tuple(logits.shape),
             "same_gradients": same,
             "plain_norms_left": left,
@@ -121,3 +155,9 @@ def test_sync_batch_norm_takes_its_statistics_over_steps_and_ranks(results):
     for r in results.values():
         assert r["plain_norms_left"] == [] and r["moved"] > 1e-3
         assert r["drift"] < 1e-10 and r["error"] < 1e-10
+
+
+def test_batch_norm_joined_with_the_neuron_takes_them_over_ranks_of_unequal_batches(results):
+    for r in results.values():
+        assert 0 < r["spikes"] < 1 and len(r["joined"]) > 6
+        assert max(r["joined"]) < 1e-10, r["joined"]

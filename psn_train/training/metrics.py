@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from psn_train.neurons import spiking_neurons
+from psn_train.neurons import kernels, spiking_neurons
 from psn_train.recipe import Plan, Recipe, flatten, recipe_hash
 from psn_train.training.runtime import all_reduce_sum
 
@@ -207,7 +207,8 @@ def headline(
     return (
         f"{recipe.name} {begin}: {recipe.model.name}, {steps}, {plan.train_samples} samples{held_out}, "
         f"{devices}, batch {plan.global_batch_size} = {shares}, {plan.total_steps} steps, "
-        f"{recipe.precision.dtype}, recipe {recipe_hash(recipe)}, in {recipe.run_path}"
+        f"{recipe.precision.dtype}, {kernels.choose(device)} kernels, recipe {recipe_hash(recipe)}, "
+        f"in {recipe.run_path}"
     )
 
 
