@@ -28,6 +28,7 @@ from psn_train.recipe import Recipe, saved_recipe
 from psn_train.training.build import build_model
 from psn_train.training.checkpoint import Checkpoint, CheckpointError, read_weights
 from psn_train.training.checkpoint_files import write_checkpoint
+from psn_train.training.environment import device_facts
 from psn_train.training.evaluate import Result, evaluate, make_eval_loader
 from psn_train.training.results import weights_of
 
@@ -135,7 +136,7 @@ def average_checkpoints(
         "before_batch_norm": before,
         "average": after,
     }
-    _write(out, model, newest, samples, report)
+    _write(out, model, {**newest, **device_facts(place)}, samples, report)
     return report
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from psn_train.data.order import VERSION as ORDER_VERSION
 from psn_train.neurons import get_lambda
 from psn_train.recipe import recipe_hash
 from psn_train.training.checkpoint import Checkpoint
+from psn_train.training.environment import device_facts
 from psn_train.training.runtime import RankState, average_batch_norm, versions
 from psn_train.training.step import Updater
 
@@ -57,7 +56,5 @@ def _meta(run: Run, updater: Updater, bad: list[str]) -> dict:
         "recipe_hash": recipe_hash(run.recipe),
         "versions": versions(),
         "world_size": plan.world_size,
-        # a CPU's sums depend on it in their last bits
-        "threads": torch.get_num_threads(),
-        "device": "cpu" if run.device.type == "cpu" else torch.cuda.get_device_name(run.device),
+        **device_facts(run.device),
     }

@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 STARTS = "starts.jsonl"
 
 
+def device_facts(device: torch.device) -> dict:
+    """What figures were taken on: sums of a CPU depend on its threads in their last bits."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {"device": name, "threads": torch.get_num_threads()}
+
+
 def cpu_name() -> str:
     """The processor as it calls itself."""
     with contextlib.suppress(OSError):
@@ -78,10 +84,9 @@ def note_start(run: Run, engine: str) -> None:
         "global_batch_size": plan.global_batch_size,
         "world_size": plan.world_size,
         "engine": engine,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        **device_facts(device),
         "cpu": cpu_name(),
         "cores": psutil.cpu_count(),
-        "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions(),
     }
