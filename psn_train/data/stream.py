@@ -77,7 +77,8 @@ class ImageSamples:
     What a stream asks for its samples; `event_stream.EventSamples` answers the same of recordings.
     """
 
-    def __init__(self, recipe: Recipe, reader: SampleReader, training: bool):
+    def __init__(self, recipe: Recipe, reader: SampleReader | None, training: bool):
+        """`reader` is for `read` alone."""
         self.recipe, self.reader, self.training = recipe, reader, training
         self.transform = train_transform(recipe) if training else eval_transform(recipe)
         self.turbo = open_turbo(recipe, training)
@@ -90,14 +91,20 @@ class ImageSamples:
         """
         sample = self.reader.read(sample_id)
         label = decode_label(sample, len(self.reader.index.classes), self.reader.places)
-        entropy = self.recipe.seed, epoch, sample_id
-        image = None
+        return self.prepare(sample, (self.recipe.seed, epoch, sample_id)), label, sample["__key__"]
+
+    def prepare(self, sample: dict, entropy: tuple[int, ...] = ()) -> np.ndarray | Unflipped:
+        """The image of a sample's members by their extensions: uint8 [C, H, W]; training draws from `entropy`.
+
+        Raises:
+            BadSample: it cannot be decoded.
+        """
         if self.turbo is not None and (data := jpeg_of(sample)) is not None:
             image = self.turbo(data, entropy)
-        if image is None:
-            with seeded(*entropy) if self.training else contextlib.nullcontext():
-                image = self.transform(decode_image(sample, self.recipe.model.in_chans))
-        return image, label, sample["__key__"]
+            if image is not None:
+                return image
+        with seeded(*entropy) if self.training else contextlib.nullcontext():
+            return self.transform(decode_image(sample, self.recipe.model.in_chans))
 
     def blank(self) -> np.ndarray:
         """What stands in the place of a sample that cannot be evaluated: zeros, uint8 [C, H, W]."""
