@@ -19,9 +19,7 @@ def add(verbs, verb) -> None:
     export.add_argument("--step", action="store_true", help="one time-step, its state as inputs and outputs")
     export.add_argument("--batch", type=count, metavar="N", help="fixed (default: any)")
     export.add_argument("--per-step", action="store_true", help="logits [T, N, K] in place of their mean [N, K]")
-    export.add_argument(
-        "--with-normalization", action="store_true", help="take uint8 images; else float32, normalised"
-    )
+    export.add_argument("--with-normalization", action="store_true", help="take uint8 images; else float32, normalised")
     export.add_argument("--shards", metavar="DIR", help="whose samples are compared (default: random ones)")
     export.add_argument("--samples", type=count, default=16, metavar="N", help="compared (default: %(default)s)")
     export.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run")

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from psn_train.export.formats import open_onnx, open_torch_export, write_onnx, write_torch_export
-from psn_train.export.graphs import OneStep, WholeSequence, check_step, trace
+from psn_train.export.graphs import OneStep, WholeSequence, check_step, frames_of, trace
 from psn_train.export.metadata import metadata_of
 from psn_train.export.parity import Parity, compare
 from psn_train.export.samples import batches_of, open_samples, recipe_is_images
 from psn_train.export.targets import ExportError, check_output, check_target
-from psn_train.models.conv_net import SequentialNet
 from psn_train.models.folding import fold_batch_norm
 from psn_train.models.network import SpikingNetwork
 from psn_train.neurons import get_lambda
@@ -79,9 +78,7 @@ def export_checkpoint(
         raise ExportError("--to nir: the format knows neither batches nor T nor uint8; leave these options out")
     if out is not None:
         check_output(Path(out), target.suffix, overwrite)
-    model, recipe, meta, raw, x = open_samples(
-        where, shards, samples, prefer=prefer, weights=weights, workers=workers
-    )
+    model, recipe, meta, raw, x = open_samples(where, shards, samples, prefer=prefer, weights=weights, workers=workers)
     path = Path(out) if out is not None else _default_path(where, recipe, step, target.suffix)
     check_output(path, target.suffix, overwrite)
     _check_network(model, recipe, where, step, with_normalization)
@@ -163,13 +160,6 @@ def _export_step(
     return compare(network, model, steps, batches, f"--to {to} --step")
 
 
-def frames_of(model: SpikingNetwork, x: Tensor) -> Tensor:
-    """What enters at every step [T, N, ...]: frames, an image T times, or its columns [T, N, C, H]."""
-    if isinstance(model, SequentialNet):
-        return x.permute(3, 0, 1, 2)
-    return x if x.ndim == 5 else x.expand(model.T, *x.shape)
-
-
 def _example(x: Tensor, batch: int | None) -> Tensor:
     """x with N = batch; with two samples where N is free: torch.export takes 1 for a constant."""
     axis = 1 if x.ndim == 5 else 0
@@ -198,5 +188,3 @@ def _aside(path: Path) -> Iterator[Path]:
         os.replace(file, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-

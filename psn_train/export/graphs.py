@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from psn_train.data.images import Normalizer
 from psn_train.export.targets import ExportError
+from psn_train.models.conv_net import SequentialNet
 from psn_train.models.folding import at_rest
 from psn_train.models.inference import advance
 from psn_train.models.network import SpikingNetwork
@@ -118,6 +119,13 @@ class OneStep(nn.Module):
 
 def _is_queue(neuron: nn.Module) -> bool:
     return isinstance(neuron, (MaskedPSN, SlidingPSN))
+
+
+def frames_of(model: SpikingNetwork, x: Tensor) -> Tensor:
+    """What enters at every step [T, N, ...]: frames, an image T times, or its columns [T, N, C, H]."""
+    if isinstance(model, SequentialNet):
+        return x.permute(3, 0, 1, 2)
+    return x if x.ndim == 5 else x.expand(model.T, *x.shape)
 
 
 def check_step(network: SpikingNetwork) -> None:

@@ -51,7 +51,9 @@ def _preprocessing(recipe: Recipe, takes_uint8: bool) -> dict:
             **recipe.events.model_dump(mode="json"),
         }
     return {
-        "input": "images, uint8 [N, C, H, W]" if takes_uint8 else "images, float32 [N, C, H, W], (x / 255 - mean) / std",
+        "input": "images, uint8 [N, C, H, W]"
+        if takes_uint8
+        else "images, float32 [N, C, H, W], (x / 255 - mean) / std",
         "image_size": side,
         "eval_resize": augment.eval_resize,
         "interpolation": augment.interpolation,
