@@ -35,6 +35,7 @@ FRONT = {
     "demo": {"cli"},
     "view": {"cli", "demo", "predict", "report"},
     "predict": {"cli"},
+    "export": {"cli"},
     "report": {"cli"},
     "doctor": {"cli"},
     "recipe.show": {"cli"},

@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 import psn_train
-from psn_train.cli import analysis, measure, planning, predict, publish, report, runs, shards, view, weights
+from psn_train.cli import analysis, export, measure, planning, predict, publish, report, runs, shards, view, weights
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,6 +56,6 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
-    for group in (runs, planning, report, view, measure, analysis, predict, publish, weights, shards):
+    for group in (runs, planning, report, view, measure, analysis, predict, publish, export, weights, shards):
         group.add(verbs, verb)
     return parser

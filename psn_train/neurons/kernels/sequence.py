@@ -5,6 +5,9 @@ Legend: T time-steps, k taps.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -78,12 +81,27 @@ def _rows(x: Tensor, weight: Tensor, bias: Tensor, band: int, surrogate: str, al
     return psn(x, weight, bias, band, surrogate, alpha, backend)
 
 
+_only_the_law = False
+
+
+@contextlib.contextmanager
+def only_the_law() -> Iterator[None]:
+    """Inside, all is computed in plain PyTorch: for graphs that other programs are to run."""
+    global _only_the_law
+    before, _only_the_law = _only_the_law, True
+    try:
+        yield
+    finally:
+        _only_the_law = before
+
+
 def wants_the_law() -> bool:
     """Other programs do not know the operators, and neither do the transforms of torch.func."""
     # torch 2.6 has no is_exporting
     exporting = getattr(torch.compiler, "is_exporting", None)
     return (
-        torch.jit.is_tracing()
+        _only_the_law
+        or torch.jit.is_tracing()
         or torch.onnx.is_in_onnx_export()
         or (exporting is not None and exporting())
         or torch._C._are_functorch_transforms_active()

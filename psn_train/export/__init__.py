@@ -1,0 +1,1 @@
+"""A checkpoint -> a file that other programs run: ONNX, torch.export, NIR. `exporting.export_checkpoint` does it."""
