@@ -1,6 +1,7 @@
 # make demo: set up, then shards -> training -> evaluation -> a timm folder on real digits.
 # make test: the same environment, then the tests, but for those that take minutes each.
 # make test-distributed: tests of several processes, hosts, launchers, and a Slurm; those that take minutes, too.
+# make docs: the pages of docs/ as a site in site/.
 # make bench: every benchmark beside its peers, half an hour of an idle machine; figures and pictures in benchmarks/results.
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 PHOTOGRAPHS ?= $(PSN_SHARED_DATA)/imagenet_originals
 RESULTS ?= benchmarks/results
 
-.PHONY: demo test test-distributed bench lint format lock schema clean
+.PHONY: demo test test-distributed docs bench lint format lock schema clean
 
 demo: $(STAMP)
 	$(BIN)/psn demo
@@ -27,6 +28,9 @@ test: $(STAMP)
 # one after another: each has a machine's processes of its own
 test-distributed: $(STAMP)
 	$(BIN)/python -m pytest -m "distributed or long"
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/neuron.py --out $(RESULTS)
@@ -64,4 +68,4 @@ schema: $(STAMP)
 	$(BIN)/psn recipe --schema > recipes/schema.json
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -45,6 +45,8 @@ _OPTIONAL = {
     "onnxruntime": "psn export --to onnx: pip install psn-train[export]",
     "onnxscript": "psn export --to onnx: pip install psn-train[export]",
     "nir": "psn export --to nir: pip install psn-train[export]",
+    "mkdocs-material": "make docs: pip install psn-train[docs]",
+    "mkdocstrings": "make docs: pip install psn-train[docs]",
     "s3fs": "checkpoints at s3://: pip install psn-train[s3]",
     "gcsfs": "checkpoints at gs://: pip install psn-train[gcs]",
     "wandb": "log.trackers: [wandb]: pip install psn-train[wandb]",

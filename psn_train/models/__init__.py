@@ -7,7 +7,7 @@ from psn_train.models.inference import prepare
 from psn_train.models.network import SpikingNetwork
 from psn_train.models.packed_layers import set_memory
 from psn_train.models.published import register_pretrained
-from psn_train.models.registration import NETWORKS
+from psn_train.models.registration import NETWORKS, import_module, register_neuron
 from psn_train.models.sew_resnet import SEWResNet
 from psn_train.models.weights import load_ann
 
@@ -20,9 +20,11 @@ __all__ = [
     "SpikingNetwork",
     "conv_net",
     "fold_batch_norm",
+    "import_module",
     "load_ann",
     "prepare",
     "published",
+    "register_neuron",
     "register_pretrained",
     "set_memory",
     "sew_resnet",

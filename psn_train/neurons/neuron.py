@@ -40,14 +40,14 @@ class Neuron(nn.Module):
         self._step_mode = "m"
         self._streaming = False
 
-    # a kind of neuron defines these three
+    # a kind of neuron defines the first of these three; the second where it can do better, the third where it can
     def parallel(self, x_seq: Tensor) -> Tensor:
         """x_seq [T, ...] -> spike_seq [T, ...]."""
         raise NotImplementedError
 
     def static(self, x: Tensor, T: int) -> Tensor:
         """x [...], the same at each of T steps -> spike_seq [T, ...], x is not copied T times."""
-        raise NotImplementedError
+        return self.parallel(x.unsqueeze(0).expand(T, *x.shape))
 
     def step(self, x: Tensor) -> Tensor:
         """x [N, ...] -> spikes [N, ...] of the next time-step; the state is kept until `reset()`."""
@@ -141,6 +141,8 @@ class Neuron(nn.Module):
     def _check_step_mode(self, mode: str) -> None:
         if mode not in STEP_MODES:
             raise ValueError(f"{self._where()}: got step_mode={mode!r}, wanted one of {', '.join(STEP_MODES)}")
+        if mode == "s" and type(self).step is Neuron.step:
+            raise ValueError(f"{self._where()}: it takes whole sequences alone; frame by frame needs a method step(x)")
 
     def extra_repr(self) -> str:
         return f"surrogate={self.surrogate}, alpha={self.alpha:g}"

@@ -131,6 +131,8 @@ def _model(card: Card) -> dict[str, str]:
     neuron = _NEURONS.get(kind, kind.upper()).format(k=k, before=(k or 1) - 1)
     if get_lambda(model) is not None:
         neuron += "; lambda = 1, so it is causal"
+    if recipe.model.module is not None:
+        neuron += f"; of the module `{recipe.model.module}`, which is not part of psn_train and has to be there"
     channels, height, width = cfg["input_size"]
     rows = {
         "Architecture": f"`{card.source.architecture}`"

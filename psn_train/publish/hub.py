@@ -56,20 +56,26 @@ def load_timm_folder(where: str | os.PathLike) -> tuple[nn.Module, Recipe, dict]
     A folder that this project wrote carries its recipe; for another one the preprocessing follows from its
     `pretrained_cfg`. A network of two channels takes recordings as the authors prepared CIFAR10-DVS: T frames of
     equally many events, rounded as SpikingJelly does, resized bilinearly without antialiasing, counts as they are.
+
+    Raises:
+        CheckpointError: it is no such folder.
+        ValueError: the module of its recipe's `model.module` is not to be found.
     """
     import timm
 
-    import psn_train.models  # noqa: F401 (registers the architectures)
+    from psn_train.models import import_module
 
     config = json.loads((Path(where) / "config.json").read_text(encoding="utf-8"))
     missing = [key for key in ("architecture", "pretrained_cfg") if key not in config]
     if missing:
         raise CheckpointError(f"{where}/config.json is not timm's: it has no {' and no '.join(missing)}")
-    model = timm.create_model(f"local-dir:{where}", pretrained=True).eval()
     own = config.get("psn_train")
     # a converted folder has no recipe
-    if own is not None and "recipe" in own:
-        return model, saved_recipe(own["recipe"]), config
+    recipe = saved_recipe(own["recipe"]) if own is not None and "recipe" in own else None
+    import_module(None if recipe is None else recipe.model.module)
+    model = timm.create_model(f"local-dir:{where}", pretrained=True).eval()
+    if recipe is not None:
+        return model, recipe, config
     cfg = config["pretrained_cfg"]
     channels, side, _ = cfg["input_size"]
     if channels not in (1, 2, 3):

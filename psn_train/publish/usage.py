@@ -8,7 +8,7 @@ _HEAD = """{first}import timm
 import torch
 {imports}
 import psn_train  # registers the networks with timm
-{own}
+{module}{own}
 model = timm.create_model("{load}", pretrained=True).eval()
 """
 _TAIL = """with torch.no_grad():
@@ -36,9 +36,11 @@ def usage_code(recipe: Recipe, load: str, sensor: tuple[int, int] | None = None)
         sensor: (width, height) of the recordings that it was trained on.
     """
     side, channels = recipe.data.image_size, recipe.model.in_chans
+    own_module = recipe.model.module
+    module = "" if own_module is None else f"import {own_module}  # the network's neuron: not part of psn_train\n"
     load = load.replace("\\", "\\\\").replace('"', '\\"')
     if recipe.events is None:
-        head = _HEAD.format(first="", imports="from PIL import Image\n", own="", load=load)
+        head = _HEAD.format(first="", imports="from PIL import Image\n", module=module, own="", load=load)
         mode = "L" if channels == 1 else "RGB"
         return head + _IMAGE.format(mode=mode, side=side) + _TAIL.format(inputs="transform(image).unsqueeze(0)")
     events = recipe.events
@@ -67,7 +69,7 @@ def usage_code(recipe: Recipe, load: str, sensor: tuple[int, int] | None = None)
         interpolation=recipe.augment.interpolation,
     )
     return (
-        _HEAD.format(first="import numpy as np\n", imports="", own=own, load=load)
+        _HEAD.format(first="import numpy as np\n", imports="", module=module, own=own, load=load)
         + body
         + _TAIL.format(inputs="frames")
     )

@@ -31,7 +31,8 @@ def impossible_combinations(recipe: Recipe) -> list[str]:
     needs_k = "masked_psn" in model.name or "sliding_psn" in model.name
     wrong(needs_k and model.k is None, f"model.k: missing; {model.name} needs its order, such as k: {min(model.T, 4)}")
     wrong(
-        bool(model.name) and not needs_k and model.k is not None,
+        # a neuron of one's own may have one
+        bool(model.name) and not needs_k and model.k is not None and model.module is None,
         f"model.k: got {model.k}; {model.name} has no order, leave it out",
     )
     # under frames: duration T says nothing

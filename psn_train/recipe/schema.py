@@ -26,6 +26,8 @@ from psn_train.recipe.section import Fraction, NonNegative, Positive, Scalar, Se
 class Model(Section):
     name: str
     """Architecture in timm's registry, such as `sew_resnet18_psn`."""
+    module: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")] | None = None
+    """Python module that registers a neuron of one's own; imported before the network is built."""
     T: Positive = 4
     """Time-steps."""
     k: Positive | None = None
@@ -380,11 +382,9 @@ def decisive(document: dict[str, Any]) -> dict[str, Any]:
         for key, value in flatten(document).items()
         if not any(key == neutral or key.startswith(neutral + ".") for neutral in NEUTRAL)
     }
-    # as before there was such a section: runs of images go on, and their published hashes stay true
-    if flat.get("events", "") is None:
-        del flat["events"]
-    if flat.get("precision.kernels") == "auto":
-        del flat["precision.kernels"]
+    # as before there were such keys: runs go on, and published hashes stay true
+    later = {"events": None, "model.module": None, "precision.kernels": "auto"}
+    flat = {key: value for key, value in flat.items() if key not in later or value != later[key]}
     flat.pop("data.decoder", None)
     if (decoder := decoder_of(document)) != BEFORE:
         flat["data.decoder"] = decoder

@@ -84,14 +84,15 @@ def build_model(recipe: Recipe, num_classes: int) -> nn.Module:
         num_classes: of the shards; `model.num_classes` goes before it.
 
     Raises:
-        ValueError: unknown to timm, not one of this package's, an argument it does not take, or made for images of
-            another size.
+        ValueError: unknown to timm, not one of this package's, an argument it does not take, made for images of
+            another size, or `model.module` is not to be found.
     """
     import timm
 
     import psn_train.models
 
     section = recipe.model
+    psn_train.models.import_module(section.module)
     known = psn_train.models.NETWORKS
     if section.name not in known:
         near = ", ".join(difflib.get_close_matches(section.name, known, n=3, cutoff=0.5)) or "nothing"
