@@ -153,3 +153,14 @@ def test_a_broken_link_of_a_site_is_seen(tmp_path):
     (tmp_path / "c.html").write_text("<p>C</p>")
     wrong = ["#there", "b.html", "c.html#d", "http://plain.org/", "https://elsewhere.org/x.js"]
     assert wrong_links(tmp_path.resolve()) == [f"a.html: {target}" for target in wrong]
+
+
+def test_every_trap_names_tests_that_exist():
+    page = (ROOT / "docs" / "traps.md").read_text(encoding="utf-8")
+    traps = [item for item in re.split(r"^(?=- )", page, flags=re.MULTILINE) if item.startswith("- ")]
+    assert len(traps) >= 40
+    for trap in traps:
+        named = re.findall(r"`(tests/\w+\.py)::(\w+)`", trap)
+        assert named, trap
+        for file, test in named:
+            assert re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), f"{file}::{test}"

@@ -201,9 +201,7 @@ DOCUMENTS = [
     "CHANGELOG.md",
     "recipes/README.md",
     "recipes/sequential_cifar100/order_ablation.md",
-    "docs/spikingjelly.md",
-    "docs/events.md",
-    "docs/many_machines.md",
+    *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").rglob("*.md"))),
 ]
 _TRAINS = ("-m psn_train.train ", "launch/torchrun.sh ", "launch/slurm/train.sbatch ")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
