@@ -18,15 +18,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, checked_in_this_process
+from registries import kept_registries
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _FILE = re.compile(r"# ([\w./-]+\.(?:yaml|py|txt))\b")
 _TRAINERS = ("-m psn_train.train ", "-m psn_train.doctor ", "launch/torchrun.sh ", "launch/slurm/train.sbatch ")
+INLINE = "python -c "
 # verbs that start processes to decode
 DECODING = ("eval", "report", "publish", "energy", "compare", "average", "export")
 # seconds that a command may take
@@ -49,14 +52,18 @@ class Way:
         changes: (pattern, replacement) in a command, such as a number of processes.
         adds: recipe -> overrides that are put behind it wherever it is trained or shown: sizes, steps.
         elsewhere: beginning of a command that is not run here -> the file of tests that runs it, and why.
+        processes: pattern of `psn` commands that are run as processes of their own all the same.
         env: for all commands.
+        around: what is there while the page is read, such as a server; gives more for `env`.
     """
 
     prepare: Callable[[Path], None] = lambda folder: None
     changes: list[tuple[str, str]] = field(default_factory=list)
     adds: dict[str, str] = field(default_factory=dict)
     elsewhere: dict[str, str] = field(default_factory=dict)
+    processes: str = r"(?!)"
     env: dict[str, str] = field(default_factory=dict)
+    around: Callable[[Path], AbstractContextManager[dict[str, str]]] = lambda folder: contextlib.nullcontext({})
 
 
 def blocks(page: Path) -> list[Block]:
@@ -123,7 +130,13 @@ class Reader:
 
     def read(self, page: Path) -> None:
         """Run everything; AssertionError with the command's line and output where one fails."""
-        self.way.prepare(self.folder)
+        with self.way.around(self.folder) as env, kept_registries(self.folder):
+            self.way.env.update(env)
+            self.env.update(env)
+            self.way.prepare(self.folder)
+            self._read(page)
+
+    def _read(self, page: Path) -> None:
         for block in blocks(page):
             self.where = f"{page.name}, line {block.line}"
             if (file := _FILE.match(block.text)) and block.language != "sh":
@@ -141,7 +154,8 @@ class Reader:
     def run_block(self, commands: list[str]) -> None:
         commands = [command for command in commands if not self.runs_elsewhere(command)]
         if self.quick:
-            commands = [command for command in commands if is_plain(command)]
+            own = [one for one in commands if re.search(self.way.processes, one)]
+            commands = [one for one in commands if one not in own and (is_plain(one) or one.startswith(INLINE))]
         if is_script(commands):
             with timed("a script"):
                 self.bash("\n".join(map(self.changed, commands)))
@@ -169,6 +183,7 @@ class Reader:
 
     def changed(self, command: str) -> str:
         """The command as it is run here."""
+        command = command.replace("29500", self.port)
         for pattern, replacement in self.way.changes:
             new = re.sub(pattern, replacement, command)
             if new != command:
@@ -191,9 +206,14 @@ class Reader:
             self.env.update(word.split("=", 1) for word in shlex.split(command)[1:])
         elif "sbatch " in command[: len(assignments) + len("sbatch ")]:
             self.submit(self, dict(word.split("=", 1) for word in shlex.split(assignments)), shlex.split(rest)[1:])
-        elif is_plain(command):
+        elif is_plain(command) and not re.search(self.way.processes, command):
             self.psn(shlex.split(command)[1:])
-        elif machine_of(command) == 0 and machines(command) > 1:
+        elif self.quick and command.startswith(INLINE):
+            with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+                patch.chdir(self.folder)
+                patch.syspath_prepend(self.folder)
+                exec(compile(shlex.split(command)[2], self.where, "exec"), {})
+        elif machines(command) > 1 and (machine_of(command) == 0 or "--rdzv_backend c10d" in command):
             self.together([with_machine(command, number) for number in range(machines(command))])
         else:
             self.bash(on_cpus(command, self.port))
@@ -281,7 +301,7 @@ def with_machine(command: str, number: int) -> str:
 
 def on_cpus(command: str, port: str) -> str:
     """A launch as the page has it, with one process a machine, or two on one; addresses and ports of this machine."""
-    command = re.sub(r"10\.0\.0\.1\b", "127.0.0.1", command).replace(":29500", f":{port}")
+    command = re.sub(r"10\.0\.0\.1\b", "127.0.0.1", command)
     if "accelerate launch" in command:
         processes = machines(command) if machines(command) > 1 else 2
         flags = re.sub(r"--num_processes \d+|--main_process_port \d+", "", command.partition(" -m ")[0])

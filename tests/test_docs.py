@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from registries import kept_registries
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 _SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -25,11 +26,12 @@ def test_python_runs(page, tmp_path, monkeypatch):
     if page.stem == "spikingjelly":
         pytest.importorskip("spikingjelly")
     names = {"__name__": page.stem}
-    for number, snippet in enumerate(snippets(page), start=1):
-        if file := re.match(r"# (\w+\.py)\n", snippet):
-            # the page tells to save it under this name
-            Path(file[1]).write_text(snippet)
-        exec(compile(snippet, f"{page.name}, snippet {number}", "exec"), names)
+    with kept_registries(tmp_path):
+        for number, snippet in enumerate(snippets(page), start=1):
+            if file := re.match(r"# (\w+\.py)\n", snippet):
+                # the page tells to save it under this name
+                Path(file[1]).write_text(snippet)
+            exec(compile(snippet, f"{page.name}, snippet {number}", "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -163,4 +165,6 @@ def test_every_trap_names_tests_that_exist():
         named = re.findall(r"`(tests/\w+\.py)::(\w+)`", trap)
         assert named, trap
         for file, test in named:
-            assert re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), f"{file}::{test}"
+            assert re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), (
+                f"{file}::{test}"
+            )

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, merged, small_document
+from registries import kept_registries
 from torch import nn
 
 from psn_train.cli import main
@@ -38,21 +39,10 @@ register_neuron("scaled", Scaled, takes=["gain"])
 
 
 @pytest.fixture
-def registered(monkeypatch):
+def registered():
     """register_neuron, undone when the test ends."""
-    from psn_train.models import conv_net, sew_resnet
-
-    before, names = dict(NEURONS), list(NETWORKS)
-    cfgs = {module: dict(module.default_cfgs) for module in (conv_net, sew_resnet)}
-    yield register_neuron
-    for name in NETWORKS[len(names) :]:
-        for registry in (timm.models._registry._model_entrypoints, timm.models._registry._model_to_module):
-            registry.pop(name, None)
-    NEURONS.clear()
-    NEURONS.update(before)
-    NETWORKS[:] = names
-    for module, known in cfgs.items():
-        module.default_cfgs = known
+    with kept_registries():
+        yield register_neuron
 
 
 class Sum(Neuron):
@@ -130,6 +120,7 @@ def test_refusals(registered, name, cls, takes, says):
 
 def test_modules_that_cannot_be_imported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "broken_neuron.py").write_text("import psn_train\n1 / 0\n")
     (tmp_path / "needing_neuron.py").write_text("import no_such_package.inner\n")
     with pytest.raises(ValueError, match=r"there is no Python module 'no_such.neuron'.*put no_such/neuron.py there"):
