@@ -19,7 +19,7 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 from psn_train.cli import _parser
-from psn_train.recipe import recipe_schema
+from psn_train.recipe import Recipe, recipe_schema
 
 ROOT = Path(__file__).parents[1]
 # pages that show a Markdown file of the repository
@@ -44,6 +44,9 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """The page as the site shows it."""
+    if page.file.src_uri in SHOWN.values():
+        # their tables are wide
+        page.meta["hide"] = ["toc"]
     return rewrite(markdown, page.file.src_uri)
 
 
@@ -142,13 +145,14 @@ def verbs(parser: argparse.ArgumentParser, name: str) -> list[tuple[str, argpars
 
 def recipe_keys() -> str:
     """A table for each section of a recipe; what belongs to none first."""
-    schema = recipe_schema()
+    schema, strict = recipe_schema(), Recipe.model_json_schema()["$defs"]
     parts = {name: one for name, one in schema["properties"].items() if section_of(one) is None}
-    texts = ["## Beside the sections\n\n" + key_table("", parts, schema.get("required", []))]
+    texts = ["## Beside the sections\n\n" + key_table("", parts, [])]
     for name, one in schema["properties"].items():
         if (inner := section_of(one)) is not None:
-            inner = schema["$defs"][inner]
-            texts.append(f"## {name}\n\n" + key_table(f"{name}.", inner["properties"], inner.get("required", [])))
+            # a file may leave to its parent what a recipe has to have
+            required = strict[inner].get("required", [])
+            texts.append(f"## {name}\n\n" + key_table(f"{name}.", schema["$defs"][inner]["properties"], required))
     return "\n\n".join(texts)
 
 
@@ -192,5 +196,5 @@ def type_text(one: dict) -> str:
     if one.get("type") == "object":
         return "names and values"
     bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
-    limits = [f"{word} {one[key]:g}" for key, word in bounds.items() if key in one]
+    limits = [f"{word} {one[key]:,}" for key, word in bounds.items() if key in one]
     return " ".join([kind.get(one.get("type"), "any value"), *limits])

@@ -32,8 +32,8 @@ _TRAINERS = ("-m psn_train.train ", "-m psn_train.doctor ", "launch/torchrun.sh 
 INLINE = "python -c "
 # verbs that start processes to decode
 DECODING = ("eval", "report", "publish", "energy", "compare", "average", "export")
-# seconds that a command may take
-LONGEST = 400
+# seconds that a command may take, on a machine that others use
+LONGEST = 500
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ class Reader:
         """quick: only what can be called in this process."""
         self.folder, self.way, self.submit, self.quick = folder, way, submit, quick
         self.used: set[str] = set()
+        # commands of Slurm, where there is none
+        self.left: list[str] = []
         own = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "NPROC_PER_NODE": "1"}
         path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **own, **way.env}
@@ -205,6 +207,9 @@ class Reader:
         if command.startswith("export "):
             self.env.update(word.split("=", 1) for word in shlex.split(command)[1:])
         elif "sbatch " in command[: len(assignments) + len("sbatch ")]:
+            if self.submit is None:
+                self.left.append(command)
+                return
             self.submit(self, dict(word.split("=", 1) for word in shlex.split(assignments)), shlex.split(rest)[1:])
         elif is_plain(command) and not re.search(self.way.processes, command):
             self.psn(shlex.split(command)[1:])

@@ -155,9 +155,13 @@ def event_sets(folder: Path) -> None:
 
 def old_files(folder: Path) -> None:
     """Weights of others, by the names on the page; and images to evaluate them on."""
+    imagenet_shards(folder)
+    old_networks(folder)
+
+
+def old_networks(folder: Path) -> None:
     import timm
 
-    imagenet_shards(folder)
     made = {
         "checkpoint_max_test_acc1.pth": foreign.AuthorsSEWResNet(18, 4, partial(foreign.FullPSN, 4), width=8),
         "masked.pth": foreign.AuthorsSEWResNet(18, 4, partial(foreign.MaskedPSN, 4), width=8),
@@ -167,3 +171,13 @@ def old_files(folder: Path) -> None:
     }
     for name, network in made.items():
         foreign.save_as_authors(network, folder / name)
+
+
+def for_the_readme(folder: Path) -> None:
+    """All that README.md speaks of."""
+    own_data(folder)
+    imagenet_archives(folder)
+    for name, files in event_trees.cifar_files().items():
+        event_trees.write_zip(folder / "downloads" / f"{name}.zip", files)
+    digits_run(folder)
+    old_networks(folder)

@@ -77,6 +77,14 @@ def bucket(folder: Path) -> Iterator[dict[str, str]]:
     running.stop()
 
 
+@contextlib.contextmanager
+def hub_and_no_other(folder: Path) -> Iterator[dict[str, str]]:
+    with hub(folder) as env, nothing_is_fetched(folder):
+        yield env
+
+
+# processes that decode are started anew by each command
+FEWER_PROCESSES = (r"^(psn publish .*--to me/\S+)", r"\1 --workers 0")
 WAYS: dict[str, Way] = {
     "index": Way(prepare=data.photos, adds={"photos.yaml": PHOTOS}),
     "imagenet": Way(
@@ -96,7 +104,7 @@ WAYS: dict[str, Way] = {
         ],
     ),
     "convert": Way(prepare=data.old_files, around=nothing_is_fetched),
-    "publish": Way(prepare=data.digits_run, around=hub, processes=r"--to me/"),
+    "publish": Way(prepare=data.digits_run, around=hub, processes=r"--to me/", changes=[FEWER_PROCESSES]),
     "results": Way(),
     "events": Way(
         prepare=data.event_sets,
@@ -115,5 +123,33 @@ WAYS: dict[str, Way] = {
         elsewhere={"kubectl apply": "tests/test_kubernetes.py: against the schemas of the cluster"},
     ),
 }
+WAYS["../README"] = Way(
+    prepare=data.for_the_readme,
+    around=hub_and_no_other,
+    processes=r"--to me/",
+    adds={
+        "photos.yaml": f"{PHOTOS} model.init_from=null schedule.epochs=3 checkpoint.keep_last=5 precision.dtype=fp32",
+        "imagenet/sew_resnet18_psn.tet_t4_in1k": IMAGENET,
+        "imagenet/sew_resnet34_psn.tet_t4_in1k": IMAGENET,
+        "cifar10dvs/vgg_snn_sliding_psn.t10_cifar10dvs": DVS,
+    },
+    changes=[
+        FEWER_WORKERS,
+        FEWER_PROCESSES,
+        (r"/data/in1k/imagenet1k-train-\{0000\.\.1023\}", "in1k/imagenet1k-train-{0000..0003}"),
+        (r"--val-labels ILSVRC", "--val-labels downloads/ILSVRC"),
+        (r"^psn bench neurons$", "psn bench neurons --T 2 --N 256 --seconds 0.01 --repeats 1"),
+        (
+            r"--T 4 32 --N 2\^8 2\^20 --dtype bf16 --device cuda:0",
+            "--T 4 --N 2^8 --dtype bf16 --seconds 0.01 --repeats 1",
+        ),
+        (r"schedule\.epochs=40", "schedule.epochs=4"),
+    ],
+    elsewhere={
+        "make demo": "tests/test_demo.py: piece by piece, in seconds",
+        "make test": "this is it",
+        "psn demo events": "tests/test_demo.py: piece by piece, in seconds",
+    },
+)
 # pages whose commands of one process take seconds: run by `make test`, too
 QUICK = {"index", "own_neuron", "own_data", "convert"}

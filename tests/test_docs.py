@@ -1,6 +1,7 @@
 """The pages of docs/: the site is built strictly, every link of it leads somewhere, every Python snippet runs."""
 
 import html.parser
+import json
 import logging
 import re
 import urllib.parse
@@ -168,3 +169,17 @@ def test_every_trap_names_tests_that_exist():
             assert re.search(rf"^def {test}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), (
                 f"{file}::{test}"
             )
+
+
+def test_the_demos_figures_are_those_of_its_log():
+    from psn_train.recipe import load_recipe, recipe_hash, recipe_path
+
+    log = json.loads((ROOT / "recipes" / "results" / "demo.json").read_text())
+    (run,) = log["runs"]
+    page = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    assert (
+        run["best"] == run["last"] and f"{run['best']['top1']:.2f} % of the 1,000 digits held out, at the best" in page
+    )
+    for said in (f"firing rate {run['firing_rate'][-1]:.3f}", f"{run['seconds']} seconds; commit {log['commit']}"):
+        assert said in page
+    assert recipe_hash(load_recipe(recipe_path(log["recipe"]))) == run["recipe_hash"]
