@@ -128,7 +128,7 @@ WAYS["../README"] = Way(
     around=hub_and_no_other,
     processes=r"--to me/",
     adds={
-        "photos.yaml": f"{PHOTOS} model.init_from=null schedule.epochs=3 checkpoint.keep_last=5 precision.dtype=fp32",
+        "photos.yaml": f"{PHOTOS.replace('epochs=2', 'epochs=6')} model.init_from=null checkpoint.keep_last=5 precision.dtype=fp32",
         "imagenet/sew_resnet18_psn.tet_t4_in1k": IMAGENET,
         "imagenet/sew_resnet34_psn.tet_t4_in1k": IMAGENET,
         "cifar10dvs/vgg_snn_sliding_psn.t10_cifar10dvs": DVS,

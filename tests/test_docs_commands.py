@@ -48,7 +48,7 @@ def submit(tmp_path_factory):
 
 @pytest.mark.distributed
 @pytest.mark.long
-@pytest.mark.timeout(1500)
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", WITH_COMMANDS)
 def test_commands_run(name, tmp_path, submit):
     jobs = any("sbatch " in block.text for block in blocks(PAGES[name]) if block.language == "sh")
