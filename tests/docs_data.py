@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import event_trees
 import foreign_networks as foreign
 import numpy as np
 import pytest
-from conftest import merged, small_document, train_here
+from conftest import ROOT, merged, small_document, train_here
 from PIL import Image
 from test_sources_archives import cifar10, devkit, hugging_face, imagenet
 
@@ -101,6 +102,14 @@ def imagenet_shards(folder: Path) -> None:
     labels = folder / "downloads" / "ILSVRC2012_devkit_t12.tar.gz"
     for split, source in open_source(folder / "downloads", val_labels=labels).items():
         write_shards(source, folder / "data" / "imagenet" / split, split=split, num_shards=4, workers=1, progress=False)
+
+
+def for_many_machines(folder: Path) -> None:
+    """Both sets, and the README's photos.yaml."""
+    imagenet_shards(folder)
+    photo_shards(folder)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (folder / "photos.yaml").write_text(re.search(r"^```yaml\n(# photos\.yaml\n.*?)^```", readme, re.M | re.S)[1])
 
 
 def own_data(folder: Path) -> None:

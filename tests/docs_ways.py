@@ -26,6 +26,8 @@ DVS = (
     f"model.args.width=8 schedule.epochs=null schedule.steps=4 schedule.by=step log.every_steps=1 {QUIET} "
     "data.eval_batch_per_device=100 data.max_batch_per_device=null"
 )
+# with the README's photos.yaml
+README_PHOTOS = f"{PHOTOS} model.init_from=null precision.dtype=fp32"
 FEWER_WORKERS = (r"data\.workers=12", "data.workers=1")
 
 
@@ -97,7 +99,7 @@ WAYS: dict[str, Way] = {
     "own_data": Way(prepare=data.own_data, adds={"mine.yaml": PHOTOS}),
     "resume": Way(
         prepare=data.photo_shards,
-        adds={"photos.yaml": PHOTOS.replace("epochs=2", "epochs=40")},
+        adds={"photos.yaml": PHOTOS.replace("epochs=2", "epochs=15")},
         changes=[
             (r"sleep 60", "until [ -s runs/photos/metrics.jsonl ]; do sleep 0.2; done"),
             (r"sleep 90", "until [ -s runs/killed/checkpoints/LAST ]; do sleep 0.2; done"),
@@ -112,14 +114,14 @@ WAYS: dict[str, Way] = {
         elsewhere={"psn demo events": "tests/test_demo.py: piece by piece, in seconds"},
     ),
     "many_machines": Way(
-        prepare=data.imagenet_shards,
+        prepare=data.for_many_machines,
         around=bucket,
         adds={
             "imagenet/sew_resnet18_psn.tet_t4_in1k": IMAGENET,
             "imagenet/sew_resnet34_psn.tet_t4_in1k": IMAGENET,
-            "photos.yaml": PHOTOS,
+            "photos.yaml": README_PHOTOS,
         },
-        changes=[FEWER_WORKERS],
+        changes=[FEWER_WORKERS, (r"sbatch --nodes 4", "sbatch --nodes 2")],
         elsewhere={"kubectl apply": "tests/test_kubernetes.py: against the schemas of the cluster"},
     ),
 }
@@ -128,7 +130,7 @@ WAYS["../README"] = Way(
     around=hub_and_no_other,
     processes=r"--to me/",
     adds={
-        "photos.yaml": f"{PHOTOS.replace('epochs=2', 'epochs=6')} model.init_from=null checkpoint.keep_last=5 precision.dtype=fp32",
+        "photos.yaml": f"{README_PHOTOS} schedule.epochs=6 checkpoint.keep_last=5",
         "imagenet/sew_resnet18_psn.tet_t4_in1k": IMAGENET,
         "imagenet/sew_resnet34_psn.tet_t4_in1k": IMAGENET,
         "cifar10dvs/vgg_snn_sliding_psn.t10_cifar10dvs": DVS,
@@ -143,7 +145,8 @@ WAYS["../README"] = Way(
             r"--T 4 32 --N 2\^8 2\^20 --dtype bf16 --device cuda:0",
             "--T 4 --N 2^8 --dtype bf16 --seconds 0.01 --repeats 1",
         ),
-        (r"schedule\.epochs=40", "schedule.epochs=4"),
+        # one run would be refused the changed recipe of the other
+        (r"photos\.yaml precision\.dtype=fp32", "photos.yaml run_dir=runs/cpu"),
     ],
     elsewhere={
         "make demo": "tests/test_demo.py: piece by piece, in seconds",
