@@ -237,7 +237,6 @@ class Reader:
         out = io.StringIO()
         with pytest.MonkeyPatch.context() as patch, checked_in_this_process():
             patch.chdir(self.folder)
-            # set for launched processes; here it would ask for a process group
             patch.setenv("COLUMNS", "160")
             for key, value in self.way.env.items():
                 patch.setenv(key, value)

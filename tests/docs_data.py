@@ -128,6 +128,13 @@ def own_data(folder: Path) -> None:
     (folder / "test.txt").write_text("left/left_0\nright/right_5\n")
 
 
+def cifar_shards(folder: Path) -> None:
+    """data/cifar10/{train,test}, 20 and 4 images."""
+    cifar10(folder / "cifar" / "cifar-10-batches-py")
+    for split, source in open_source(folder / "cifar").items():
+        write_shards(source, folder / "data" / "cifar10" / split, split=split, num_shards=2, workers=1, progress=False)
+
+
 def recordings(folder: Path) -> None:
     """recordings/{left,right}/*.aedat, pieces of a real one, and wave.aedat."""
     parts = event_trees.pieces(20, 400)

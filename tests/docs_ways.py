@@ -26,6 +26,10 @@ DVS = (
     f"model.args.width=8 schedule.epochs=null schedule.steps=4 schedule.by=step log.every_steps=1 {QUIET} "
     "data.eval_batch_per_device=100 data.max_batch_per_device=null"
 )
+CIFAR = (
+    f"model.args.width=8 {QUIET} data.train_samples=null data.test_samples=null schedule.epochs=2 data.hold_out=4 "
+    "data.global_batch_size=8"
+)
 # with the README's photos.yaml
 README_PHOTOS = f"{PHOTOS} model.init_from=null precision.dtype=fp32"
 FEWER_WORKERS = (r"data\.workers=12", "data.workers=1")
@@ -107,7 +111,6 @@ WAYS: dict[str, Way] = {
     ),
     "convert": Way(prepare=data.old_files, around=nothing_is_fetched),
     "publish": Way(prepare=data.digits_run, around=hub, processes=r"--to me/", changes=[FEWER_PROCESSES]),
-    "results": Way(),
     "events": Way(
         prepare=data.event_sets,
         adds={"cifar10dvs/vgg_snn_sliding_psn.t10_cifar10dvs": DVS},
@@ -150,9 +153,10 @@ WAYS["../README"] = Way(
     ],
     elsewhere={
         "make demo": "tests/test_demo.py: piece by piece, in seconds",
-        "make test": "this is it",
+        "make test": ".ci/run: it runs this",
         "psn demo events": "tests/test_demo.py: piece by piece, in seconds",
     },
 )
+WAYS["../recipes/README"] = Way(prepare=data.cifar_shards, adds={"sew_resnet18_psn.t4_cifar10": CIFAR})
 # pages whose commands of one process take seconds: run by `make test`, too
-QUICK = {"index", "own_neuron", "own_data", "convert"}
+QUICK = {"index", "own_neuron", "own_data", "convert", "../recipes/README"}
