@@ -57,7 +57,9 @@ class Sizes(NamedTuple):
 class ConvNet(SpikingNetwork):
     """Stages of convolutions, then linear layers. Names: layer1.0.conv, .bn, .sn, ..., hidden, hidden_sn, fc.
 
-    Args, beside those of `SpikingNetwork`; None is the default of the kind of network, see its `sizes`:
+    Beside these arguments it has those of `SpikingNetwork`; None is the default of the kind of network, see its `sizes`.
+
+    Args:
         width: channels that the stages are multiples of.
         hidden: width of a linear layer with neurons before the classifier; 0: none.
         img_size: side of the square that enters, in pixels (timm gives a pair); the first linear layer depends on it.

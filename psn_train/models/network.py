@@ -25,7 +25,9 @@ class SpikingNetwork(nn.Module):
 
     A kind of network defines `forward_features` and `forward_head`, and keeps its classifier in `fc`.
 
-    Args (all JSON scalars, so that they survive a model hub's config.json):
+    All arguments are JSON scalars, so that they survive a model hub's config.json.
+
+    Args:
         neuron: a name of `neurons.NEURONS`.
         T: time-steps of a static image; frames must have as many for neurons that are bound to T.
         k: order of masked and sliding PSN; default 2, as in the paper's CIFAR10-DVS network; of masked PSN at most T.

@@ -53,7 +53,9 @@ ARCHITECTURES: dict[str, dict[str, int]] = {
 class SEWResNet(SpikingNetwork):
     """SEW-ResNet. Static images [N, C, H, W] or frames [T, N, C, H, W] -> logits [N, K]; see `forward`.
 
-    Args (all JSON scalars), beside those of `SpikingNetwork`:
+    All arguments are JSON scalars; neuron, T, k, surrogate, alpha and those of the neuron are `SpikingNetwork`'s.
+
+    Args:
         depth: 10, 18, 34, 50, 101 or 152.
         connect_function: ADD, AND or IAND.
         stem: "7x7" convolution of stride 2 and a pool, for ImageNet; "3x3" of stride 1 without, for 28 to 64 pixels.
