@@ -57,7 +57,7 @@ class Sizes(NamedTuple):
 class ConvNet(SpikingNetwork):
     """Stages of convolutions, then linear layers. Names: layer1.0.conv, .bn, .sn, ..., hidden, hidden_sn, fc.
 
-    Beside these arguments it has those of `SpikingNetwork`; None is the default of the kind of network, see its `sizes`.
+    Further arguments are those of `SpikingNetwork`; None is the default of the kind of network, see its `sizes`.
 
     Args:
         width: channels that the stages are multiples of.
