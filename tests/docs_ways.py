@@ -23,7 +23,7 @@ IMAGENET = (
     "augment.eval_resize=36 precision.dtype=fp32 schedule.epochs=2 log.every_steps=1 checkpoint.every_steps=null"
 )
 DVS = (
-    f"model.args.width=8 schedule.epochs=null schedule.steps=4 schedule.by=step log.every_steps=1 {QUIET} "
+    f"model.T=2 model.args.width=4 schedule.epochs=null schedule.steps=4 schedule.by=step log.every_steps=1 {QUIET} "
     "data.eval_batch_per_device=100 data.max_batch_per_device=null"
 )
 CIFAR = (
