@@ -100,12 +100,12 @@ class PSN(_FullWeight):
         self._make_parameters(T, init, init_tau)
 
     def _check_step_mode(self, mode: str) -> None:
-        super()._check_step_mode(mode)
         if mode == "s":
             raise ValueError(
                 f"{self._where()}: cannot run step by step: each output step needs all {self.T} inputs; use "
                 "masked_psn or sliding_psn"
             )
+        super()._check_step_mode(mode)
 
     def extra_repr(self) -> str:
         return f"T={self.T}, {super().extra_repr()}"
