@@ -23,7 +23,7 @@ from psn_train.recipe import Recipe, saved_recipe
 from psn_train.training.build import load_network
 from psn_train.training.checkpoint import CheckpointError, find_checkpoint, last_checkpoint, read_best, read_meta
 from psn_train.training.evaluate import evaluate, make_eval_loader
-from psn_train.training.results import weights_of
+from psn_train.training.results import epoch_reached, weights_of
 from psn_train.training.storage import place
 
 
@@ -108,7 +108,7 @@ def weights_text(where: str | os.PathLike, meta: dict, prefer: str) -> str:
     own = meta.get("psn_train", meta)
     if "step" not in own:
         return f"{where}, as it is"
-    reached = f"step {own['step']}, epoch {math.ceil(own['epoch'])}"
+    reached = f"step {own['step']}, epoch {epoch_reached(own) + 1}"
     if "psn_train" in meta:
         return f"{where}, published from {reached}, weights: {own['weights']}"
     path = place(meta["path"])

@@ -105,8 +105,11 @@ def publish(
             threads=source.meta.get("threads"),
             workers=workers,
             device=device,
+            cache_dir=source.recipe.data.cache_dir,
         )
-        card = Card(name, load, source, license_, checked, missing, _last(source), dataset)
+        # where the folder lies on this machine is nobody's business
+        own = load if to is not None else f"local-dir:{Path(to_folder).absolute().name}"
+        card = Card(name, own, source, license_, checked, missing, _last(source), dataset)
         (folder / "README.md").write_text(card_text(card), encoding="utf-8")
         # what is not listed might be pickled
         assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
