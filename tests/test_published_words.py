@@ -6,6 +6,7 @@ import re
 import pytest
 from conftest import merged, metrics, small_document, timm_folder, train_here
 
+from psn_train.cli import main
 from psn_train.publish.folder import published_recipe
 from psn_train.publish.hub import load_any, weights_text
 from psn_train.recipe import check_recipe, recipe_hash
@@ -68,3 +69,26 @@ def test_paths_that_are_published(document, path, shown):
     assert found["data"]["train"] == shown and found["checkpoint"]["dir"] is None
     kept = published_recipe(check_recipe(merged(document, {"checkpoint": {"dir": "s3://bucket/run"}})))
     assert kept["checkpoint"]["dir"] == "s3://bucket/run"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.ckpt"])
+def test_what_might_be_pickled_is_not_published(document, tmp_path, monkeypatch, capsys, checked_here, name):
+    """Neither beside our own files, nor in a folder that is there already."""
+    from psn_train.publish import publishing
+
+    write = publishing.write_folder
+
+    def more(source, folder, **options):
+        write(source, folder, **options)
+        (folder / name).write_bytes(b"\x80\x04K\x01.")
+
+    words = ["publish", document["run_dir"], "--license", "mit", "--workers", "0", "--to-folder"]
+    with monkeypatch.context() as patch:
+        patch.setattr(publishing, "write_folder", more)
+        assert main([*words, str(tmp_path / "out")]) == 2
+    assert f"psn: {name} would be published beside" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_bytes(b"\x80\x04K\x01.")
+    assert main([*words, str(tmp_path / "out")]) == 2
+    assert f"psn publish did not write {name}" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]

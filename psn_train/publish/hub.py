@@ -248,23 +248,9 @@ def open_on_shards(
     return OnShards(model.to(place), recipe, meta, reader, batch_size, place, ids)
 
 
-def evaluate_folder(
-    where: str | os.PathLike,
-    shards: str,
-    *,
-    prefer: str = "best",
-    weights: str = "auto",
-    batch_size: int = 64,
-    workers: int = 2,
-    device: str | None = None,
-    firing: bool = True,
-    fold: bool = False,
-    on_batch=None,
-):
-    """Evaluate a run, a checkpoint or a timm folder on shards; see `open_on_shards` and `evaluate`."""
-    opened = open_on_shards(
-        where, shards, prefer=prefer, weights=weights, batch_size=batch_size, workers=workers, device=device, fold=fold
-    )
+def evaluate_folder(where: str | os.PathLike, shards: str, *, firing: bool = True, on_batch=None, **settings):
+    """Evaluate a run, a checkpoint or a timm folder on shards; `settings` are of `open_on_shards`, see `evaluate`."""
+    opened = open_on_shards(where, shards, **settings)
     model, recipe = opened.model, opened.recipe
     result = evaluate(model, recipe, opened.loader(), device=opened.device, firing=firing, on_batch=on_batch)
     return result, recipe, opened.meta
