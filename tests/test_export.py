@@ -36,22 +36,26 @@ def woken():
         yield
 
 
-@pytest.fixture(scope="module")
-def run_of(digit_shards, tmp_path_factory):
-    """run_of(network, **of the section model) -> the folder of a run of a few steps; each is trained once."""
+def maker_of_runs(shards, folder, steps: int, around=contextlib.nullcontext):
+    """make(network, **of the section model) -> the folder of a run of `steps` updates; each is trained once."""
     made = {}
 
-    def make(name: str, **model):
+    def make(name: str, **model) -> str:
         key = json.dumps([name, model], sort_keys=True)
         if key not in made:
-            document = small_document(digit_shards, tmp_path_factory.mktemp("export") / name)
-            changes = {"schedule": {"epochs": None, "steps": 3}, "model": {"name": name, **model}}
-            with woken():
-                assert train_here(merged(document, changes)) == 0
+            changes = {"schedule": {"epochs": None, "steps": steps}, "model": {"name": name, **model}}
+            document = merged(small_document(shards, folder / str(len(made))), changes)
+            with around():
+                assert train_here(document) == 0
             made[key] = document["run_dir"]
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def run_of(digit_shards, tmp_path_factory):
+    return maker_of_runs(digit_shards, tmp_path_factory.mktemp("export"), 3, woken)
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """What `psn export` refuses, each with the reason, and that nothing is written then."""
 
 import importlib.util
-import json
 import re
 
 import pytest
 import torch
 from conftest import merged, small_document, train_here
 from event_data import DURATION
+from test_export import maker_of_runs
 
 from psn_train.cli import main
 from psn_train.export import formats
@@ -15,19 +15,7 @@ from psn_train.export import formats
 
 @pytest.fixture(scope="module")
 def run_of(digit_shards, tmp_path_factory):
-    """run_of(network, **of the section model) -> the folder of a run of one update; each is trained once."""
-    made = {}
-
-    def make(name: str, **model):
-        key = json.dumps([name, model], sort_keys=True)
-        if key not in made:
-            document = small_document(digit_shards, tmp_path_factory.mktemp("refused") / name)
-            changes = {"schedule": {"epochs": None, "steps": 1}, "model": {"name": name, **model}}
-            assert train_here(merged(document, changes)) == 0
-            made[key] = document["run_dir"]
-        return made[key]
-
-    return make
+    return maker_of_runs(digit_shards, tmp_path_factory.mktemp("refused"), 1)
 
 
 @pytest.fixture

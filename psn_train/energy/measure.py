@@ -71,10 +71,10 @@ def measure_energy(
         model.train(was_training)
     if not seen:
         raise ShardError("measure_energy: there is no sample to run; wanted shards with at least one that can be read")
-    if not counter.synapses:
+    if not counter.synapses and not counter.firing:
         raise ValueError(
-            f"measure_energy: no convolution and no linear layer of this {type(model).__name__} ran, so there is no "
-            "first layer and nothing to count; wanted a network that has some"
+            f"measure_energy: no convolution, linear layer or neuron of this {type(model).__name__} ran, so there is "
+            "no first layer and nothing to count; wanted a network that has some"
         )
     return _report(model, recipe, counter, seen, shape, costs or Costs(), bad)
 

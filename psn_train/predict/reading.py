@@ -113,7 +113,7 @@ class RecordingFiles:
         return recording
 
     def _parse(self, data: bytes, path: str) -> Recording:
-        format = self.format or guess_format(data, Path(path).suffix, path)
+        format = self.format or self._guess(data, path)
         wanted = self.sensor or (self.trained if format in _OPEN else None)
         try:
             return parse_recording(data, format, wanted, path)
@@ -122,6 +122,12 @@ class RecordingFiles:
             if wanted is not None or self.trained is None:
                 raise
             return parse_recording(data, format, self.trained, path)
+
+    def _guess(self, data: bytes, path: str) -> str:
+        try:
+            return guess_format(data, Path(path).suffix, path)
+        except EventError as error:
+            raise EventError(f"{error}; --format names it") from error
 
 
 def open_reading(
