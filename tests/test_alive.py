@@ -45,7 +45,7 @@ def ranks(server):
         told = [[], [], []]
         made.extend(Alive(rank, 3, limit, told[rank].append) for rank in range(3))
         for rank in made:
-            rank.start(HOSTS)
+            rank.start(HOSTS, "first")
         return made, told
 
     yield make
@@ -91,6 +91,35 @@ def test_a_store_that_closes_tells_nothing(ranks, server):
     server.kill()
     time.sleep(4)
     assert told == [[], [], []]
+
+
+def test_launchers_that_count_restarts_apart(ranks, server, monkeypatch):
+    """torchrun on a host that joined later begins at 0; what an attempt before left in the store is not looked at."""
+    before, _ = ranks(1.0)
+    for rank in before:
+        rank.close()
+    told, now = [[], [], []], []
+    for rank in range(3):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(rank))
+        now.append(Alive(rank, 3, 1.0, told[rank].append))
+    now[0].start(HOSTS, "second")
+    now[1].start(HOSTS, "second")
+    # the third never comes
+    wait_until(lambda: told[0])
+    assert told[0][0].startswith("rank 2 on host host-c") and told[1] == []
+    # and nobody waits for it in the store
+    began = time.monotonic()
+    for rank in now[:2]:
+        rank.close()
+    assert time.monotonic() - began < 2
+
+
+def test_no_thread_is_in_the_store_once_it_is_closed(ranks):
+    """Where Python ends before such a thread, C++ calls std::terminate: launchers start a finished run again."""
+    made, _ = ranks(1.0)
+    for rank in made:
+        rank.close()
+        assert not rank._teller.is_alive()
 
 
 def test_no_store_is_an_error_of_the_system(monkeypatch):

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 
-from torch.distributed import DistError, PrefixStore, TCPStore
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 # of a limit: seconds between two signs
 _SHARE = 0.1
@@ -51,35 +51,47 @@ class Alive:
             )
             # `_judge` is to come first where it does not answer
             store.set_timeout(timedelta(seconds=10 * limit))
-            self._store = PrefixStore(f"psn_alive/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-            self._store.set(str(rank), "0")
+            self._store: Store = store
         except (DistError, RuntimeError, KeyError, ValueError) as error:
             raise OSError(f"the launcher's store cannot be reached: {error}") from error
-        self._threads = [
+        self._teller, self._judging = (
             threading.Thread(target=job, name="psn alive", daemon=True) for job in (self._tell, self._judge)
-        ]
+        )
 
-    def start(self, hosts: list[str]) -> None:
-        """Every rank has made its own; `hosts` by rank."""
+    def start(self, hosts: list[str], attempt: str) -> None:
+        """Every rank has made its own.
+
+        Args:
+            hosts: by rank.
+            attempt: a name that these processes share, and none that were started before them: a store may outlive its
+                processes. Launchers of several hosts do not count restarts alike.
+        """
         self.hosts = hosts
-        for thread in self._threads:
-            thread.start()
+        self._store = PrefixStore(f"psn_alive/{attempt}", self._store)
+        self._teller.start()
+        self._judging.start()
 
     def close(self) -> None:
         """This rank is done; nobody is to wait for its signs. Waits for the store, if that does not answer."""
         self._closing.set()
+        # no sign is to follow the last; and where Python ends while a thread is in the store, C++ aborts the process
+        if self._teller.ident is not None:
+            self._teller.join()
         # the store goes with the process that has it
         with contextlib.suppress(DistError, RuntimeError):
             self._store.set(str(self.rank), _ENDED.decode())
 
     def _tell(self) -> None:
-        keys, seen = [str(rank) for rank in self.others], {}
+        seen: dict[int, bytes | None] = dict.fromkeys(self.others)
         try:
             while not self._closing.is_set():
                 self._rounds += 1
                 self._store.set(str(self.rank), str(self._rounds))
-                for rank, value in zip(self.others, self._store.multi_get(keys), strict=True):
-                    if value == _ENDED or value != seen.get(rank):
+                # to ask for what is not there is to wait for it
+                there = [rank for rank, last in seen.items() if last is not None or self._store.check([str(rank)])]
+                values = self._store.multi_get([str(rank) for rank in there]) if there else []
+                for rank, value in zip(there, values, strict=True):
+                    if value == _ENDED or value != seen[rank]:
                         self._silent[rank] = 0.0
                     seen[rank] = value
                 self._closing.wait(self.limit * _SHARE)

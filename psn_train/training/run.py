@@ -74,7 +74,7 @@ class Run:
         if plan.world_size > 1:
             self.stragglers.meet()
             run_folder.check_ranks_alike(recipe, splits, self.is_main)
-            watch.listen(self.stragglers.hosts)
+            watch.listen(self.stragglers.hosts, self.stragglers.attempt)
         self.saved = run_folder.read_agreed(self.checkpoints, self.is_main, self.say)
         if self.saved is not None:
             run_folder.check_same_recipe(recipe, self.saved.meta)

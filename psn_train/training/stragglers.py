@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 import time
 
@@ -23,6 +24,7 @@ class Stragglers:
         # forward passes that wait for each other's batch norms tell nothing of one rank
         self.causes = [cause for cause in CAUSES if not (sync_bn and cause == "compute")]
         self.hosts: list[str] = []
+        self.attempt = ""
         self._said: dict[tuple[int, str], float] = {}
         self._warm = False
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -31,10 +33,11 @@ class Stragglers:
             watch.on_phase = self._record
 
     def meet(self) -> None:
-        """Learn the ranks' hosts; all ranks call it."""
+        """Learn the ranks' hosts and the attempt's name, which the first rank makes up; all ranks call it."""
         from accelerate.utils import gather_object
 
-        self.hosts = gather_object([socket.gethostname()])
+        names = gather_object([(socket.gethostname(), secrets.token_hex(8))])
+        self.hosts, self.attempt = [host for host, _ in names], names[0][1]
 
     def _record(self, before: str, name: str) -> None:
         """On a GPU the host runs ahead of `compute`: events on its stream, which the next log steps read."""

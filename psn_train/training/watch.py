@@ -121,10 +121,10 @@ class Watch:
             except OSError as error:
                 self._say(f"{error}; a host that is lost is noticed when a collective times out")
 
-    def listen(self, hosts: list[str]) -> None:
-        """All ranks have started; `hosts` by rank. From now on silence counts."""
+    def listen(self, hosts: list[str], attempt: str) -> None:
+        """All ranks have started; see `Alive.start`. From now on silence counts."""
         if self._alive is not None:
-            self._alive.start(hosts)
+            self._alive.start(hosts, attempt)
 
     def phase(self, name: str) -> None:
         """The main thread begins with something."""

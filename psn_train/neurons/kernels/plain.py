@@ -12,8 +12,9 @@ from psn_train.neurons.functional.parallel import sliding_weight
 from psn_train.neurons.functional.surrogate import get_surrogate
 from psn_train.neurons.layout import compute_dtype
 
-# columns at a time, so that what a block needs stays in a core's cache: numbers of one T x block tensor
-_BLOCK = 1 << 14
+# columns at a time, so that no tensor of all of them is made: numbers of one T x block tensor. In smaller ones, which
+# would stay in a core's cache, calls take longer than what they do
+_BLOCK = 1 << 18
 
 
 def coefficients(T: int, dtype: torch.dtype, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ from psn_train.neurons.functional.surrogate import get_surrogate
 from psn_train.neurons.kernels import plain
 from psn_train.neurons.layout import compute_dtype
 
-# numbers of one block, so that what a block needs stays in a core's cache
-_BLOCK = 1 << 16
+# numbers of one T x block tensor; see plain.py
+_BLOCK = 1 << 18
 
 
 def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
