@@ -71,7 +71,6 @@ def make_eval_loader(
     )
 
 
-@torch.no_grad()
 def check_bad(bad: list[str], recipe: Recipe) -> None:
     """Raises ShardError, with the names, where more samples than `data.max_bad_samples` could not be read."""
     if len(bad) > recipe.data.max_bad_samples:
@@ -81,6 +80,7 @@ def check_bad(bad: list[str], recipe: Recipe) -> None:
         )
 
 
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     recipe: Recipe,
