@@ -133,19 +133,19 @@ def test_what_wants_an_extra_says_which(clean, demo, tmp_path):
     assert "ready to train" in run(clean / "psn", "doctor", folder=tmp_path).stdout
     (tmp_path / "parquet").mkdir()
     (tmp_path / "parquet" / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
-    (tmp_path / "a.aedat4").write_bytes(b"#!AER-DAT4.0\r\n")
+    (tmp_path / "recordings" / "left").mkdir(parents=True)
+    (tmp_path / "recordings" / "left" / "a.aedat4").write_bytes(b"#!AER-DAT4.0\r\n")
     (image,) = (demo / "sew_resnet10_psn.demo").parent.glob("*.png")
     for words, extra in (
         (["demo"], "demo"),
-        (["view", "a.aedat4", "--out", "a.png"], "demo"),
-        (["view", "a.aedat4"], "demo"),
+        (["view", "recordings/left/a.aedat4"], "demo"),
         (["report", demo / "run"], "demo"),
         (["bench", "neurons"], "demo"),
         (["predict", demo / "run", image, "--picture", "a.png"], "demo"),
         (["export", demo / "run", "--to", "onnx"], "export"),
         (["export", demo / "run", "--to", "nir"], "export"),
         (["shards", "images", "parquet", "out"], "hf"),
-        (["shards", "events", ".", "out"], "events"),
+        (["shards", "events", "recordings", "out"], "events"),
         (["eval", "s3://bucket/run", "--shards", demo / "shards" / "val"], "s3"),
     ):
         done = run(clean / "psn", *words, folder=tmp_path, check=False)
