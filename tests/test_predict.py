@@ -190,6 +190,11 @@ def test_paths_from_stdin(digit_run, digit_shards, psn, tmp_path, monkeypatch):
         list_files(["-", "-"], IMAGES, lambda: b"a")
     with pytest.raises(ValueError, match="stdin has no lines"):
         list_files(["-"], IMAGES, lambda: b"\n")
+    # as `find -print0` writes them, and names that other programs would split
+    odd = tmp_path / "a\nb\x0bc\u2028.png"
+    odd.touch()
+    assert list_files(["-"], IMAGES, lambda: f"{odd}\0{files[0]}\0".encode()).paths == [str(odd), files[0]]
+    assert list_files(["-"], IMAGES, lambda: b"c\x0bd.png\n").paths == ["c\x0bd.png"]
 
 
 def test_a_file_itself_from_stdin(digit_run, dot_run, digit_shards, psn, tmp_path, monkeypatch):

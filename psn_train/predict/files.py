@@ -12,7 +12,7 @@ from psn_train.data.sources.folder import IMAGE_SUFFIXES
 from psn_train.data.sources.recordings import SUFFIXES, entries
 
 STDIN = "-"
-# no path has a zero byte, and all images and recordings have some near their begin
+# a path has no zero byte, and all images and recordings have some near their begin
 _HEAD = 4096
 
 
@@ -70,14 +70,15 @@ def list_files(words: Iterable[str], kind: Kind, stdin: Callable[[], bytes]) -> 
             raise ValueError("- stands twice among the inputs, and stdin can be read once; give it once")
         else:
             listed, data = True, stdin()
-            if b"\0" in data[:_HEAD]:
+            first, zero, _ = data[:_HEAD].partition(b"\0")
+            if zero and not os.path.lexists(first):
                 piped = data
                 files.append(STDIN)
                 continue
             # bytes that are no UTF-8 name files all the same
-            for line in os.fsdecode(data).splitlines() if data else ():
-                if line:
-                    passed += _take(line, kind, files)
+            for line in os.fsdecode(data).split("\0" if zero else "\n"):
+                if path := line.rstrip("\r"):
+                    passed += _take(path, kind, files)
     if not files:
         raise ValueError(
             f"no {kind.name} to predict: stdin has no lines; wanted a file's or folder's path on each, as `find` "
