@@ -20,7 +20,7 @@ from psn_train.data.index import load_index
 from psn_train.data.reader import SampleReader
 from psn_train.predict import open_predictor
 from psn_train.predict.answers import Prediction, is_causal
-from psn_train.predict.files import IMAGES, list_files
+from psn_train.predict.files import IMAGES, RECORDINGS, list_files
 from psn_train.publish.classes import class_names
 from psn_train.publish.hub import load_any, open_on_shards
 from psn_train.training.evaluate import evaluate
@@ -195,6 +195,8 @@ def test_paths_from_stdin(digit_run, digit_shards, psn, tmp_path, monkeypatch):
     odd.touch()
     assert list_files(["-"], IMAGES, lambda: f"{odd}\0{files[0]}\0".encode()).paths == [str(odd), files[0]]
     assert list_files(["-"], IMAGES, lambda: b"c\x0bd.png\n").paths == ["c\x0bd.png"]
+    # a recording of N-MNIST begins like this
+    assert list_files(["-"], RECORDINGS, lambda: b"\x0e\x1c\x81\xd6\n").piped == b"\x0e\x1c\x81\xd6\n"
 
 
 def test_a_file_itself_from_stdin(digit_run, dot_run, digit_shards, psn, tmp_path, monkeypatch):

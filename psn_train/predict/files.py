@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ from psn_train.data.sources.folder import IMAGE_SUFFIXES
 from psn_train.data.sources.recordings import SUFFIXES, entries
 
 STDIN = "-"
-# a path has no zero byte, and all images and recordings have some near their begin
-_HEAD = 4096
+# bytes that hardly stand in a path, and in every image and recording
+_BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,13 @@ def list_files(words: Iterable[str], kind: Kind, stdin: Callable[[], bytes]) -> 
             raise ValueError("- stands twice among the inputs, and stdin can be read once; give it once")
         else:
             listed, data = True, stdin()
-            first, zero, _ = data[:_HEAD].partition(b"\0")
-            if zero and not os.path.lexists(first):
+            separator = b"\0" if b"\0" in data else b"\n"
+            if _BINARY.search(data) and not os.path.lexists(data.partition(separator)[0].rstrip(b"\r")):
                 piped = data
                 files.append(STDIN)
                 continue
             # bytes that are no UTF-8 name files all the same
-            for line in os.fsdecode(data).split("\0" if zero else "\n"):
+            for line in os.fsdecode(data).split(separator.decode()):
                 if path := line.rstrip("\r"):
                     passed += _take(path, kind, files)
     if not files:
