@@ -233,6 +233,29 @@ def run_in_child(document: dict, folder: Path, before: str | None = None, interr
     return process.exitcode, log.read_text() if log.exists() else ""
 
 
+def kill_at(document: dict, step: int, *, saved: int, where: str = "True") -> str:
+    """A patch that kills the run in its update `step`, once the checkpoint of `saved` updates is there.
+
+    Saving runs beside training, so without the wait a busy machine is killed before it has saved.
+
+    Args:
+        where: an expression that says in which process, such as 'os.environ["RANK"] == "1"'.
+    """
+    last = Path(document["run_dir"]) / "checkpoints" / "LAST"
+    return f"""
+import os, pathlib, signal, time
+import psn_train.training.step as m
+run, last = m.Updater.run, pathlib.Path({str(last)!r})
+def killing(self, batches, step):
+    if step == {step} and {where}:
+        while not (last.exists() and last.read_text().strip() == "step_{saved:08d}"):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return run(self, batches, step)
+m.Updater.run = killing
+"""
+
+
 def weights(run: str | Path, name: str = "model.safetensors") -> dict[str, torch.Tensor]:
     return load_file(find_checkpoint(run, "last") / name)
 

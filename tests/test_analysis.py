@@ -90,11 +90,21 @@ def test_energy_in_another_technology_and_as_a_row(runs, digit_shards, psn):
     assert float(row.split("&")[2]) == pytest.approx(document["macs"] / 1e6, abs=0.005)
 
 
-def test_what_energy_refuses(runs, digit_shards, psn, tmp_path):
+def three(runs, tmp_path) -> Path:
+    """A network of three classes."""
+    model = timm.create_model(f"local-dir:{runs / 'timm'}", pretrained=True)
+    model.reset_classifier(3)
+    save_for_hf(model, str(tmp_path / "three"), safe_serialization=True)
+    return tmp_path / "three"
+
+
+def test_what_energy_refuses(runs, digit_shards, dot_shards, psn, tmp_path):
     shards = ("--shards", digit_shards / "val")
     for words, says in (
         ((runs / "psn", "--shards", tmp_path), "index.json"),
         ((tmp_path, *shards), "no checkpoint at"),
+        ((runs / "psn", "--shards", dot_shards / "test"), "holds recordings of an event camera"),
+        ((three(runs, tmp_path), *shards), "tells 3 classes apart"),
         ((runs / "psn", *shards, "--json", tmp_path / "none" / "energy.json"), "in no folder that there is"),
         ((runs / "psn", *shards, "--device", "cuda:99"), "cuda:99"),
     ):
@@ -185,6 +195,7 @@ def test_what_compare_refuses(runs, digit_shards, psn, tmp_path):
         ("mnist/sew_resnet10_psn.demo", "B: mnist/sew_resnet10_psn.demo is a recipe and has no weights"),
         (tmp_path / "seven", "10 classes apart, B"),
         (recordings, "takes images, B"),
+        (changed("letters", label_names=[*"0123x56789"]), "class 4 is '4' for A and 'x' for B"),
         ("runs/no_such_run", "B: runs/no_such_run is no folder, so it has to be a recipe: no recipe at"),
         (tmp_path, "no checkpoint at"),
     ):

@@ -1,6 +1,7 @@
 """The `psn` command, verb by verb, on real digits: what it prints, what it writes, and its exit status."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -368,3 +369,13 @@ def test_words_that_the_command_does_not_know(psn, capsys):
         with pytest.raises(SystemExit) as end:
             psn(*words)
         assert end.value.code == 2 and "usage: psn" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """As `psn recipe --schema | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "psn_train.cli", "recipe", "--schema"]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")

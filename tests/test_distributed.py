@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, merged
+from conftest import ROOT, kill_at, merged
 from safetensors.torch import load_file
 
 from psn_train.recipe import check_recipe
@@ -111,16 +111,7 @@ def test_killed_and_resumed_under_two_processes_and_then_under_one(small, tmp_pa
     status, output = launch(whole, tmp_path, 2)
     assert status == 0, output
     assert "2 x cpu, batch 24 = 2 x 12 x 1" in output
-    kill = """
-import os, signal
-import psn_train.training.step as m
-run = m.Updater.run
-def killing(self, batches, step):
-    if step == 6 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return run(self, batches, step)
-m.Updater.run = killing
-"""
+    kill = kill_at(killed, 6, saved=4, where='os.environ["RANK"] == "1"')
     status, output = launch(killed, tmp_path, 2, before=kill)
     assert status != 0
     assert read_meta(find_checkpoint(killed["run_dir"], "last"))["step"] == 4

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, metrics, run_in_child, weights
+from conftest import ROOT, kill_at, metrics, run_in_child, weights
 from hosts import Host, hosts
 from test_many_machines import environment, with_numbers
 from test_structure import shell_words
@@ -25,17 +25,8 @@ CHANGES = {
 }
 # signs of life every second; three missed ones are a death
 QUICK = "keep_alive_interval=1,keep_alive_max_attempt=3,join_timeout=300,last_call_timeout=5"
-# the first attempt loses rank 1 after step 6
-KILL_ONCE = """
-import os, signal
-import psn_train.training.step as m
-run = m.Updater.run
-def killing(self, batches, step):
-    if step == 6 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return run(self, batches, step)
-m.Updater.run = killing
-"""
+# the first attempt loses rank 1
+ONCE = 'os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"'
 # as long as updates of a larger network take: a kill is to find the run in the middle
 SLOW = """
 import time
@@ -98,7 +89,7 @@ def test_a_killed_process_is_started_again_with_all_others(small, tmp_path):
     whole, killed = small("whole", **changes), small("killed", **changes)
     (tmp_path / "recipe.yaml").write_text(json.dumps(killed))
     env = {**os.environ, "NPROC_PER_NODE": "2", "MAX_RESTARTS": "3", "PYTHON": sys.executable}
-    env["PYTHONPATH"] = python_path(tmp_path, KILL_ONCE)
+    env["PYTHONPATH"] = python_path(tmp_path, kill_at(killed, 6, saved=5, where=ONCE))
     command = [str(ROOT / "launch" / "torchrun.sh"), str(tmp_path / "recipe.yaml")]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0 and "goes on after step 5" in done.stdout, done.stdout + done.stderr

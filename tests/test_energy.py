@@ -110,6 +110,8 @@ def test_samples_are_limited_and_unreadable_ones_left_out():
     nothing = [batch_of(images[:1], targets=[-1], bad=["a.tar[0]: broken"])]
     with pytest.raises(ValueError, match="no sample"):
         measure_energy(TwoLayers(), recipe, nothing, device=CPU)
+    with pytest.raises(ValueError, match="of this Flatten ran, so there is no first layer"):
+        measure_energy(nn.Flatten(), recipe, batches, device=CPU)
 
 
 def test_what_neurons_compute():

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from psn_train.data.index import load_index
 from psn_train.data.reader import SampleReader
 from psn_train.predict import open_predictor
 from psn_train.predict.answers import Prediction, is_causal
-from psn_train.predict.files import IMAGES, list_files
-from psn_train.predict.names import class_names
+from psn_train.predict.files import IMAGES, RECORDINGS, list_files
+from psn_train.publish.classes import class_names
 from psn_train.publish.hub import load_any, open_on_shards
 from psn_train.training.evaluate import evaluate
 
@@ -53,6 +54,10 @@ def psn(capsys):
         return (status, *capsys.readouterr())
 
     return run
+
+
+def pipe(monkeypatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
 def files_of(shards, folder, count: int) -> list[str]:
@@ -136,7 +141,7 @@ def test_recordings_get_the_logits_of_the_evaluation(dot_run, dot_shards, psn, t
     words = ("predict", dot_run, tmp_path / "dots", "--batch-size", 8, "--picture", tmp_path / "p.png")
     status, out, err = psn(*words, "--json", "-", "--logits", "--pictured", 4)
     found = json.loads(out)["predictions"]
-    assert status == 0 and "passed over: 1 file" in err and len(found) == 24
+    assert status == 0 and "passed over: 1 file of" in err and len(found) == 24
     assert np.allclose([one["logits"] for one in found], wanted, atol=1e-6)
     assert {top["name"] for top in found[0]["top"]} == set(CLASSES) and len(found[0]["steps"]) == 3
     assert Image.open(tmp_path / "p.png").size[0] > 1000
@@ -177,14 +182,38 @@ def test_unreadable_files_are_named_and_skipped(digit_run, digit_shards, psn, tm
 
 def test_paths_from_stdin(digit_run, digit_shards, psn, tmp_path, monkeypatch):
     files = files_of(digit_shards / "val", tmp_path / "images", 3)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{files[2]}\r\n\n{tmp_path / 'images'}\n"))
+    pipe(monkeypatch, f"{files[2]}\r\n\n{tmp_path / 'images'}\n".encode())
     status, out, _ = psn("predict", digit_run, files[1], "-", "--json", "-")
     assert status == 0
     assert [one["file"] for one in json.loads(out)["predictions"]] == [files[1], files[2], *files]
     with pytest.raises(ValueError, match="stands twice"):
-        list_files(["-", "-"], IMAGES, [])
+        list_files(["-", "-"], IMAGES, lambda: b"a")
     with pytest.raises(ValueError, match="stdin has no lines"):
-        list_files(["-"], IMAGES, ["\n"])
+        list_files(["-"], IMAGES, lambda: b"\n")
+    # as `find -print0` writes them, and names that other programs would split
+    odd = tmp_path / "a\nb\x0bc\u2028.png"
+    odd.touch()
+    assert list_files(["-"], IMAGES, lambda: f"{odd}\0{files[0]}\0".encode()).paths == [str(odd), files[0]]
+    assert list_files(["-"], IMAGES, lambda: b"c\x0bd.png\n").paths == ["c\x0bd.png"]
+    # a recording of N-MNIST begins like this
+    assert list_files(["-"], RECORDINGS, lambda: b"\x0e\x1c\x81\xd6\n").piped == b"\x0e\x1c\x81\xd6\n"
+
+
+def test_a_file_itself_from_stdin(digit_run, dot_run, digit_shards, psn, tmp_path, monkeypatch):
+    """An image or a recording, whose answer is that of the file."""
+    (image,) = files_of(digit_shards / "val", tmp_path / "images", 1)
+    write_bin(tmp_path / "dot.bin", moving_dot(0, 1))
+    for run, file, words in ((digit_run, image, ()), (dot_run, tmp_path / "dot.bin", ("--format", "bin"))):
+        pipe(monkeypatch, Path(file).read_bytes())
+        status, out, _ = psn("predict", run, "-", file, "--json", "-", "--logits", *words)
+        piped, read = json.loads(out)["predictions"]
+        assert status == 0 and (piped["file"], read["file"]) == ("-", str(file)) and piped["logits"] == read["logits"]
+    pipe(monkeypatch, Path(image).read_bytes()[:80])
+    status, out, err = psn("predict", digit_run, "-")
+    assert (status, out) == (1, "") and "skipped: -: undecodable" in err
+    pipe(monkeypatch, (tmp_path / "dot.bin").read_bytes())
+    status, out, err = psn("predict", dot_run, "-")
+    assert (status, out) == (1, "") and "skipped: -: " in err and "--format" in err
 
 
 def test_mistakes_end_in_one_message(digit_run, digit_shards, psn, tmp_path):

@@ -25,20 +25,31 @@ from psn_train.publish.naming import LICENSES, PublishError, check_license, chec
 from psn_train.recipe import load_recipe, recipe_hash
 from psn_train.training.checkpoint import find_checkpoint
 from psn_train.training.environment import cpu_name
+from psn_train.training.step import Updater
 
 NAME = "sew_resnet10_psn.digits"
 
 
 @pytest.fixture(scope="module")
 def document(digit_shards, tmp_path_factory) -> dict:
-    """A run that holds 30 of its 150 digits out and was tested on 50; best and last are two epochs."""
+    """A run that holds 30 of its 150 digits out and was tested on 50; its last update, of 60, is spoilt."""
     document = small_document(digit_shards, tmp_path_factory.mktemp("publish") / "run")
     split = {"val": None, "test": str(digit_shards / "val"), "hold_out": 30}
     split["global_batch_size"] = 12
     optim = {"name": "adamw", "lr": 0.01}
     schedule = {"name": "constant", "epochs": 6}
     document = merged(document, {"seed": 2, "data": split, "optim": optim, "schedule": schedule, "note": "Of a test."})
-    assert train_here(document) == 0
+    update = Updater.run
+
+    def spoiling(self, batches, step):
+        used = update(self, batches, step)
+        if step == 59:
+            self.model.fc.weight.data.neg_()
+        return used
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Updater, "run", spoiling)
+        assert train_here(document) == 0
     best, last = results_of(document)["best"], results_of(document)["last"]
     assert best["epoch"] < last["epoch"]
     return document
@@ -99,6 +110,7 @@ def test_the_attached_recipe_is_the_runs(published, tmp_path):
     recipe = load_recipe(published / "recipe.yaml")
     assert recipe.resolved() == config["psn_train"]["recipe"]
     hash_ = config["psn_train"]["recipe_hash"]
+    assert recipe.data.train == "digits0/train" and recipe.run_dir is None
     assert recipe_hash(recipe) == hash_ and f"hash `{hash_}`" in card_of(published)[1]
     # a word that is a number to YAML 1.2, and not to PyYAML
     other = recipe.model_copy(update={"name": "1e3"})
@@ -144,9 +156,9 @@ def run_block(folder: Path, where: Path) -> str:
 
 
 def test_the_cards_code_runs_when_pasted(published, tmp_path, capsys):
-    block = run_block(published, tmp_path)
+    block = run_block(published, published.parent)
     lines = capsys.readouterr().out.splitlines()
-    assert f'timm.create_model("local-dir:{published}", pretrained=True)' in block
+    assert f'timm.create_model("local-dir:{published.name}", pretrained=True)' in block
     assert len(lines) == 5 and all(re.fullmatch(r"\d: \d+\.\d%", line) for line in lines)
 
 

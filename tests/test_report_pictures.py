@@ -1,6 +1,7 @@
 """The parts of `psn report`: what layers tell, what curves and matrices draw, what is counted of answers."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import psn_train.models  # noqa: F401 (registers)
 from psn_train.neurons import NEURONS, set_lambda, spiking_neurons
+from psn_train.report import curves
 from psn_train.report.answers import MOST_CELLS, coarse, draw_confusion, worst_classes, worst_pairs
 from psn_train.report.curves import thinned
 from psn_train.report.evaluation import Answers
@@ -111,3 +113,14 @@ def test_a_thousand_classes_are_drawn_coarsely():
     assert "1,000 classes in 50 groups of about 20" in picture.note and len(picture.svg) < 60_000
     assert worst_pairs(counts, names)[0][:3] == ("n00000003", "n00000997", 7)
     assert draw_confusion(np.eye(MOST_CELLS, dtype=int), names[:MOST_CELLS], "confusion").note == ""
+
+
+@pytest.mark.parametrize(
+    ("epochs", "named"), [(8, [1, 2, 3, 4, 5, 6, 7, 8]), (30, [1, 4, 7, 10, 13, 16, 19, 22, 25, 28])]
+)
+def test_epochs_are_named_at_even_distances(monkeypatch, epochs, named):
+    evals = [{"epoch": epoch, "firing": {"sn1": {"rate": 0.1}}} for epoch in range(epochs)]
+    record = SimpleNamespace(evals=evals, steps_per_epoch=10.0, name="a run")
+    monkeypatch.setattr(curves, "finish", lambda figure, *_, **__: figure)
+    figure = curves.draw_over_layers(record, "rate", "Firing rate", "", "firing_rate")
+    assert [int(label.get_text()) for label in figure.axes[0].get_xticklabels()] == named

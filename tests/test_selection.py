@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HELD_OUT, assert_same_run, metrics, results_of, run_in_child, timm_folder, train_here
+from conftest import HELD_OUT, assert_same_run, kill_at, metrics, results_of, run_in_child, timm_folder, train_here
 
 from psn_train.data.index import load_index
 from psn_train.data.reader import SampleReader
@@ -336,15 +336,7 @@ def test_stopped_in_the_test_evaluation_the_next_start_does_it(splitting, train_
 
 def test_held_out_run_killed_in_training_equals_one_that_was_not(splitting, train_in_child, untouched):
     document = splitting("stopped", optim={"lr": 0.2})
-    kill = """
-import os, signal, psn_train.training.step as m
-run = m.Updater.run
-def killing(self, batches, step):
-    if step == 8: os.kill(os.getpid(), signal.SIGKILL)
-    return run(self, batches, step)
-m.Updater.run = killing
-"""
-    status, log = train_in_child(document, before=kill)
+    status, log = train_in_child(document, before=kill_at(document, 8, saved=5))
     assert status == -signal.SIGKILL, log
     status, log = train_in_child(document)
     assert status == 0 and "goes on after step 5" in log, log

@@ -7,7 +7,6 @@ Source: Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Gen
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from psn_train.training.checkpoint import Checkpoint, CheckpointError, read_weig
 from psn_train.training.checkpoint_files import write_checkpoint
 from psn_train.training.environment import device_facts
 from psn_train.training.evaluate import Result, evaluate, make_eval_loader
-from psn_train.training.results import weights_of
+from psn_train.training.results import epoch_reached, weights_of
 
 # of the training samples that batch norm sees, whatever the run's own seed
 _SEED = 0
@@ -242,7 +241,7 @@ def _write(out: Path, model: nn.Module, newest: dict, samples: Samples, report: 
     record = {
         "kind": "eval",
         "step": newest["step"],
-        "epoch": before.get("epoch", max(math.ceil(newest["epoch"]) - 1, 0)),
+        "epoch": before.get("epoch", epoch_reached(newest)),
         "seconds": 0.0,
         **report["average"],
         "selected_on": samples.selected_on,

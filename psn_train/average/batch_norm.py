@@ -14,6 +14,7 @@ from torch import nn
 from psn_train.data.index import ShardError
 from psn_train.data.stream import Batch
 from psn_train.recipe import Recipe
+from psn_train.training.evaluate import check_bad
 from psn_train.training.inputs import EvalInputs
 from psn_train.training.runtime import autocast
 
@@ -59,11 +60,7 @@ def estimate_batch_norm(
     try:
         for batch in loader:
             bad += batch.bad
-            if len(bad) > recipe.data.max_bad_samples:
-                raise ShardError(
-                    f"{len(bad)} unreadable samples, data.max_bad_samples is {recipe.data.max_bad_samples}:\n  "
-                    + "\n  ".join(bad)
-                )
+            check_bad(bad, recipe)
             x, _ = inputs(batch)
             good = (batch.targets >= 0).nonzero().flatten().to(device)
             if len(good):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 import warnings
 from pathlib import Path
@@ -29,6 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except (ValueError, FloatingPointError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 1
         if os.environ.get("PSN_TRACEBACK"):
             raise
         rank = os.environ.get("RANK")
@@ -37,6 +40,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     finally:
         warnings.formatwarning = shown
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more, as behind `| head`; what is left for it is dropped then."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        # else Python complains once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def _warning(message, category, filename, lineno, line=None) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 
 from psn_train.cli.arguments import count, positive, seconds
+from psn_train.data.resume import check_writable, save_json
 
 
 def add(verbs, verb) -> None:
@@ -97,14 +98,21 @@ def _progress():
         yield begin, lambda samples: progress.advance(tasks[-1], samples)
 
 
-def _check_file(path: str | None, option: str) -> None:
-    """ValueError where a file cannot be written, before anything is measured for it."""
-    if path is None or path == "-":
-        return
-    file = Path(path)
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        why = "is a folder" if file.is_dir() else "lies in no folder that there is"
-        raise ValueError(f"{option}: {path} {why}; name a file in a folder that exists, or - for the terminal")
+def _finish(options, document: dict, show: Callable[[], None]) -> int:
+    """Show it, and write it where `--json` says, or print that in its place."""
+    if options.json == "-":
+        print(json.dumps(document, indent=1))
+        return 0
+    show()
+    if options.json is not None:
+        save_json(options.json, document)
+        print(f"written: {options.json}", file=sys.stderr)
+    return 0
+
+
+def _loading(options) -> dict:
+    """What `_add_loading` adds, and which weights."""
+    return {key: getattr(options, key) for key in ("weights", "batch_size", "workers", "device")}
 
 
 def _energy(options) -> int:
@@ -112,100 +120,48 @@ def _energy(options) -> int:
     from psn_train.energy.show import latex_row, show_energy
     from psn_train.publish.hub import open_on_shards, weights_text
 
-    _check_file(options.json, "--json")
+    check_writable(options.json, "--json")
     costs = Costs(options.mac_pj, options.accumulate_pj)
-    opened = open_on_shards(
-        options.checkpoint,
-        options.shards,
-        prefer=options.which,
-        weights=options.weights,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        device=options.device,
-        samples=options.samples,
-    )
+    settings = {**_loading(options), "prefer": options.which, "samples": options.samples}
+    opened = open_on_shards(options.checkpoint, options.shards, **settings)
     with _progress() as (begin, advance):
         begin("counting", len(opened.ids))
         report = measure_energy(
             opened.model, opened.recipe, opened.loader(), device=opened.device, costs=costs, on_batch=advance
         )
     counted = weights_text(options.checkpoint, opened.meta, options.which)
-    document = {"counted": counted, "shards": options.shards, **report.to_dict()}
-    if options.json == "-":
-        print(json.dumps(document, indent=1))
-        return 0
-    if options.latex:
-        print(latex_row(report))
-    else:
-        show_energy(report)
-        print(f"counted: {counted}")
-    _write(options.json, document)
-    return 0
 
+    def show() -> None:
+        if options.latex:
+            print(latex_row(report))
+        else:
+            show_energy(report)
+            print(f"counted: {counted}")
 
-def _write(path: str | None, document: dict) -> None:
-    if path is not None:
-        from psn_train.data.resume import save_json
-
-        save_json(path, document)
-        print(f"written: {path}", file=sys.stderr)
+    return _finish(options, {"counted": counted, "shards": options.shards, **report.to_dict()}, show)
 
 
 def _compare(options) -> int:
     from psn_train.compare import compare
     from psn_train.compare.show import show_comparison
 
-    _check_file(options.json, "--json")
+    check_writable(options.json, "--json")
+    own = ("samples", "energy_samples", "speed_batch", "speed_seconds", "without")
+    settings = {**_loading(options), **{key: getattr(options, key) for key in own}, "prefer": options.which}
     with _progress() as (begin, advance):
-        document = compare(
-            options.a,
-            options.b,
-            options.shards,
-            prefer=options.which,
-            weights=options.weights,
-            on_start=begin,
-            on_batch=advance,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            device=options.device,
-            samples=options.samples,
-            energy_samples=options.energy_samples,
-            speed_batch=options.speed_batch,
-            speed_seconds=options.speed_seconds,
-            without=options.without,
-        )
-    if options.json == "-":
-        print(json.dumps(document, indent=1))
-        return 0
-    show_comparison(document)
-    _write(options.json, document)
-    return 0
+        document = compare(options.a, options.b, options.shards, on_start=begin, on_batch=advance, **settings)
+    return _finish(options, document, lambda: show_comparison(document))
 
 
 def _average(options) -> int:
     from psn_train.average import average_checkpoints
     from psn_train.average.show import show_average
 
-    _check_file(options.json, "--json")
+    check_writable(options.json, "--json")
+    own = ("last", "decay", "shards", "train_shards", "bn_samples")
+    settings = {**_loading(options), **{key: getattr(options, key) for key in own}}
     with _progress() as (begin, advance):
         report = average_checkpoints(
-            options.checkpoints,
-            options.to_folder,
-            last=options.last,
-            weights=options.weights,
-            decay=options.decay,
-            shards=options.shards,
-            train_shards=options.train_shards,
-            bn_samples=options.bn_samples,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            device=options.device,
-            on_start=begin,
-            on_batch=advance,
+            options.checkpoints, options.to_folder, on_start=begin, on_batch=advance, **settings
         )
-    if options.json == "-":
-        print(json.dumps(report, indent=1))
-        return 0
-    show_average(report)
-    _write(options.json, report)
-    return 0
+    return _finish(options, report, lambda: show_average(report))

@@ -15,7 +15,8 @@ def add(verbs, verb) -> None:
         "inputs",
         nargs="+",
         metavar="FILE",
-        help="images, or recordings of an event camera; folders, with all below them; - for paths on stdin, one a line",
+        help="images, or recordings of an event camera; folders, with all below them; - for stdin: paths, one a line, "
+        "or a file itself",
     )
     predict.add_argument("--top", type=count, default=5, metavar="K", help="classes of an answer (default: 5)")
     predict.add_argument("--csv", metavar="FILE", help="write a line for each class, step and file; - prints them")
@@ -64,7 +65,7 @@ def _predict(options) -> int:
             options.inputs,
             outputs,
             prefer=options.which,
-            stdin=_lines(),
+            stdin=sys.stdin.buffer.read,
             strict=options.strict,
             on_start=lambda files: progress.update(task, total=files),
             on_file=lambda: progress.advance(task),
@@ -76,10 +77,3 @@ def _predict(options) -> int:
             batch_size=options.batch_size,
             workers=options.workers,
         )
-
-
-def _lines():
-    """The lines of stdin, read when they are asked for; bytes that are no UTF-8 name files all the same."""
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")
-    yield from sys.stdin

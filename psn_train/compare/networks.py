@@ -45,12 +45,6 @@ def compare_networks(
     b: Side,
     shards: str,
     *,
-    prefer: str = "best",
-    weights: str = "auto",
-    batch_size: int = 64,
-    workers: int = 2,
-    device: str | None = None,
-    samples: int | None = None,
     energy_samples: int = 200,
     speed_batch: int = 16,
     speed_seconds: float = 10.0,
@@ -58,22 +52,22 @@ def compare_networks(
     costs: Costs | None = None,
     on_start: Callable[[str, int], None] = lambda text, total: None,
     on_batch: Callable[[int], None] = lambda count: None,
+    **settings,
 ) -> dict:
     """What both say of the same samples, how they fire, how fast they are in turns, and what they cost.
 
     Args:
-        samples: so many at most, spread evenly over the shards; None: all.
-        energy_samples: of these, for operations and energy.
+        energy_samples: of the samples, for operations and energy.
         speed_batch: samples of a batch that is timed; speed_seconds: how long both are timed together.
         without: parts to be left out, of `PARTS`.
         costs: see `measure_energy`.
+        settings: of `open_on_shards`.
 
     Raises:
         ValueError: see `check_comparable` and `open_on_shards`.
     """
     check_comparable(a, b)
-    settings = {"prefer": prefer, "weights": weights, "batch_size": batch_size, "workers": workers, "device": device}
-    opened = [open_on_shards(side.where, shards, samples=samples, **settings) for side in (a, b)]
+    opened = [open_on_shards(side.where, shards, **settings) for side in (a, b)]
     results, answers = zip(
         *(_run(one, side.letter, on_start, on_batch) for one, side in zip(opened, (a, b), strict=True)), strict=True
     )

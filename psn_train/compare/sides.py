@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from psn_train.data.index import is_url
+from psn_train.publish.classes import class_names
 from psn_train.publish.hub import load_any, weights_text
 from psn_train.recipe import Recipe, RecipeError, load_recipe, recipe_hash, recipe_path
 from psn_train.training.results import results_of_checkpoint, weights_of
@@ -82,4 +83,12 @@ def check_comparable(a: Side, b: Side) -> None:
         raise ValueError(
             f"A ({a.where}) tells {a.classes} classes apart, B ({b.where}) {b.classes}: their answers cannot be "
             "compared; take networks of the same classes, or leave --shards out to compare the recipes alone"
+        )
+    names = [class_names(side.recipe, side.meta, side.classes)[0] for side in (a, b)]
+    if None not in names and names[0] != names[1]:
+        number = next(number for number, (one, other) in enumerate(zip(*names, strict=True)) if one != other)
+        raise ValueError(
+            f"A ({a.where}) and B ({b.where}) know other classes: class {number} is {names[0][number]!r} for A and "
+            f"{names[1][number]!r} for B, so samples cannot be of both; take networks of one, or leave --shards out "
+            "to compare the recipes alone"
         )

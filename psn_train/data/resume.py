@@ -45,6 +45,31 @@ def guard_disk(path: str | os.PathLike, aside: str | None = None) -> Iterator[No
             os.unlink(aside)
 
 
+def check_writable(path: str | None, option: str, suffix: str | None = None) -> None:
+    """Look, before anything is computed for a file, whether it can be written; None, and `-` for stdout, can.
+
+    Args:
+        option: of the command line that names it.
+        suffix: that it must have; None: any, and `-` is stdout.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if path is None or (path == "-" and suffix is None):
+        return
+    file = Path(path)
+    folder = file.absolute().parent
+    if file.is_dir() or not folder.is_dir():
+        why = "is a folder" if file.is_dir() else "lies in no folder that there is"
+        terminal = "" if suffix else ", or - for the terminal"
+        raise ValueError(f"{option}: {path} {why}; name a file in a folder that exists{terminal}")
+    if suffix is not None and file.suffix.lower() != suffix:
+        raise ValueError(f"{option}: {path} does not end in {suffix}; name a file that does")
+    # what is written aside and renamed needs the folder
+    if not os.access(folder, os.W_OK) or (file.exists() and not os.access(file, os.W_OK)):
+        raise ValueError(f"{option}: {path} may not be written; name another file")
+
+
 @contextlib.contextmanager
 def lock_folder(out: Path) -> Iterator[None]:
     """Keep other writers out of a folder.

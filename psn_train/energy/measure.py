@@ -13,6 +13,7 @@ from psn_train.energy.counter import Counter, Firing, Synapses
 from psn_train.energy.report import Costs, EnergyReport, NeuronRow, SynapseRow
 from psn_train.models.conv_net import SequentialNet
 from psn_train.recipe import Recipe
+from psn_train.training.evaluate import check_bad
 from psn_train.training.inputs import EvalInputs
 from psn_train.training.runtime import autocast
 
@@ -42,6 +43,7 @@ def measure_energy(
 
     Raises:
         ShardError: more unreadable samples than `data.max_bad_samples`, or no sample at all.
+        ValueError: nothing that is counted ran.
     """
     was_training, bad, seen, shape = model.training, [], 0, ()
     model.eval()
@@ -49,11 +51,7 @@ def measure_energy(
     try:
         for batch in loader:
             bad += batch.bad
-            if len(bad) > recipe.data.max_bad_samples:
-                raise ShardError(
-                    f"{len(bad)} unreadable samples, data.max_bad_samples is {recipe.data.max_bad_samples}:\n  "
-                    + "\n  ".join(bad)
-                )
+            check_bad(bad, recipe)
             x, mask = inputs(batch)
             axis = x.ndim - 4  # of the samples
             good = (batch.targets >= 0).nonzero().flatten()[: None if samples is None else samples - seen].to(device)
@@ -73,6 +71,11 @@ def measure_energy(
         model.train(was_training)
     if not seen:
         raise ShardError("measure_energy: there is no sample to run; wanted shards with at least one that can be read")
+    if not counter.synapses and not counter.firing:
+        raise ValueError(
+            f"measure_energy: no convolution, linear layer or neuron of this {type(model).__name__} ran, so there is "
+            "no first layer and nothing to count; wanted a network that has some"
+        )
     return _report(model, recipe, counter, seen, shape, costs or Costs(), bad)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -82,20 +83,21 @@ def export_checkpoint(
     path = Path(out) if out is not None else _default_path(where, recipe, step, target.suffix)
     check_output(path, target.suffix, overwrite)
     _check_network(model, recipe, where, step, with_normalization)
-    model = model.eval() if model.folded else fold_batch_norm(model.eval())
+    # what is compared with is the network as it was trained, so that the folding is, too
+    original, model = model.eval(), fold_batch_norm(model.eval())
     metadata = metadata_of(model, recipe, meta, where, prefer, takes_uint8=with_normalization)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _aside(path) as file:
         if to == "nir":
             from psn_train.export.nir_file import export_nir
 
-            parity = export_nir(model, x, file, metadata)
+            parity = export_nir(model, original, x, file, metadata)
         elif step:
-            parity = _export_step(model, to, x, batch, file, metadata)
+            parity = _export_step(model, original, to, x, batch, file, metadata)
         else:
             normalize = (recipe.augment.mean, recipe.augment.std) if with_normalization else None
             module = WholeSequence(model, normalize, per_step)
-            parity = _export_whole(module, to, raw if with_normalization else x, x, batch, file, metadata)
+            parity = _export_whole(module, original, to, raw if with_normalization else x, x, batch, file, metadata)
     axis = 1 if x.ndim == 5 else 0
     kind = "images" if recipe_is_images(recipe) else "recordings"
     compared_on = f"{x.shape[axis]} {kind} of {shards}" if shards else f"{x.shape[axis]} random {kind}"
@@ -121,7 +123,14 @@ def _check_network(model: SpikingNetwork, recipe: Recipe, where, step: bool, wit
 
 
 def _export_whole(
-    module: WholeSequence, to: str, raw: Tensor, x: Tensor, batch: int | None, file: Path, metadata: dict[str, str]
+    module: WholeSequence,
+    original: SpikingNetwork,
+    to: str,
+    raw: Tensor,
+    x: Tensor,
+    batch: int | None,
+    file: Path,
+    metadata: dict[str, str],
 ) -> Parity:
     write, read = _FORMATS[to]
     batches = batches_of(raw, x, batch)
@@ -131,17 +140,24 @@ def _export_whole(
     def network(model: SpikingNetwork, x: Tensor) -> Tensor:
         return model(x, per_step=module.per_step)
 
-    return compare(network, module.network, lambda raw: run(raw)[0], batches, f"--to {to}")
+    return compare(network, original, lambda raw: run(raw)[0], batches, f"--to {to}")
 
 
 def _export_step(
-    model: SpikingNetwork, to: str, x: Tensor, batch: int | None, file: Path, metadata: dict[str, str]
+    model: SpikingNetwork,
+    original: SpikingNetwork,
+    to: str,
+    x: Tensor,
+    batch: int | None,
+    file: Path,
+    metadata: dict[str, str],
 ) -> Parity:
     write, read = _FORMATS[to]
     frames = frames_of(model, x)
     batches = batches_of(x, x, batch)
     example = _example(frames[0], batch)
     module = OneStep(model, example)
+    metadata = {**metadata, "states": json.dumps([state.described(batch) for state in module.states])}
     write(_traced(module, to, frames[0], batch), module, file, metadata)
     run = read(file)
 
@@ -157,7 +173,7 @@ def _export_step(
     def network(model: SpikingNetwork, x: Tensor) -> Tensor:
         return model(x, per_step=True)
 
-    return compare(network, model, steps, batches, f"--to {to} --step")
+    return compare(network, original, steps, batches, f"--to {to} --step")
 
 
 def _example(x: Tensor, batch: int | None) -> Tensor:

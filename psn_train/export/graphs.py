@@ -52,6 +52,26 @@ class State:
     dtype: torch.dtype
     rest: float
 
+    @property
+    def taken(self) -> str:
+        """The name of the graph's input."""
+        return f"state.{self.name}"
+
+    @property
+    def given(self) -> str:
+        """The name of the graph's output, which the next step takes."""
+        return f"next.{self.name}"
+
+    def described(self, N: int | None) -> dict:
+        """For the file's metadata. Args: N: the batch; None: any, which is called N."""
+        return {
+            "input": self.taken,
+            "output": self.given,
+            "shape": [N if size == "N" and N else size for size in self.shape],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "at_rest": self.rest,
+        }
+
     def at_rest(self, N: int) -> Tensor:
         return torch.full([N if size == "N" else size for size in self.shape], self.rest, dtype=self.dtype)
 
@@ -165,6 +185,6 @@ def trace(module: WholeSequence | OneStep, x: Tensor, dynamic: bool) -> torch.ex
 def names_of(module: WholeSequence | OneStep) -> tuple[list[str], list[str]]:
     """Names of what the graph takes and gives."""
     if isinstance(module, OneStep):
-        names = [state.name for state in module.states]
-        return ["frame", *(f"state.{name}" for name in names)], ["logits", *(f"next.{name}" for name in names)]
+        states = module.states
+        return ["frame", *(state.taken for state in states)], ["logits", *(state.given for state in states)]
     return ["input"], ["logits"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 from psn_train import __version__
-from psn_train.data.index import load_index
 from psn_train.models.network import SpikingNetwork
 from psn_train.neurons import get_lambda
+from psn_train.publish.classes import class_names
 from psn_train.publish.hub import weights_text
 from psn_train.recipe import Recipe, recipe_hash
 
@@ -28,14 +29,15 @@ def metadata_of(
         "num_classes": str(model.num_classes),
         "recipe": recipe.name or "",
         "recipe_hash": recipe_hash(recipe),
-        "weights": weights_text(where, meta, prefer),
+        # of a timm folder its name is enough
+        "weights": weights_text(where, meta, prefer).replace(os.fspath(where), Path(where).name),
         "preprocessing": json.dumps(_preprocessing(recipe, takes_uint8)),
     }
     if model.k is not None:
         found["k"] = str(model.k)
     if (lambda_ := get_lambda(model)) is not None:
         found["lambda"] = f"{lambda_:g}"
-    classes = meta.get("label_names") or _classes(recipe, model.num_classes)
+    classes, _ = class_names(recipe, meta, model.num_classes)
     if classes is not None:
         found["classes"] = json.dumps(classes)
     return found
@@ -60,12 +62,3 @@ def _preprocessing(recipe: Recipe, takes_uint8: bool) -> dict:
         "mean": list(augment.mean),
         "std": list(augment.std),
     }
-
-
-def _classes(recipe: Recipe, count: int) -> list[str] | None:
-    """Names by the training shards, where these are at hand."""
-    try:
-        classes = load_index(recipe.data.train).classes
-    except (OSError, ValueError):
-        return None
-    return list(classes) if len(classes) == count else None

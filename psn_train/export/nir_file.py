@@ -22,8 +22,10 @@ from psn_train.export.samples import batches_of
 from psn_train.models.network import SpikingNetwork
 
 
-def export_nir(model: SpikingNetwork, x: Tensor, file: Path, metadata: dict[str, str]) -> Parity:
-    """Write the graph of a folded network; what is read back is run on x and compared, step by step.
+def export_nir(
+    model: SpikingNetwork, original: SpikingNetwork, x: Tensor, file: Path, metadata: dict[str, str]
+) -> Parity:
+    """Write the graph of a folded network; what is read back is run on x and compared with the original, step by step.
 
     Args:
         x: what the network sees, images [N, C, H, W] or frames [T, N, C, H, W].
@@ -38,7 +40,9 @@ def export_nir(model: SpikingNetwork, x: Tensor, file: Path, metadata: dict[str,
     def network(model: SpikingNetwork, x: Tensor) -> Tensor:
         return model(x, per_step=True)
 
-    return compare(network, model, lambda x: run_graph(read, frames_of(model, x)), batches_of(x, x, None), "--to nir")
+    return compare(
+        network, original, lambda x: run_graph(read, frames_of(model, x)), batches_of(x, x, None), "--to nir"
+    )
 
 
 def run_graph(graph: nir.NIRGraph, x_seq: Tensor) -> Tensor:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from psn_train.data.resume import check_writable
 from psn_train.models.network import SpikingNetwork
 from psn_train.predict.answers import Prediction, Predictor, is_causal
 from psn_train.predict.files import list_files
-from psn_train.predict.names import class_names
-from psn_train.predict.outputs import STDOUT, CsvOutput, JsonOutput, Ranking, check_target, printable
+from psn_train.predict.outputs import STDOUT, CsvOutput, JsonOutput, Ranking, printable
 from psn_train.predict.picture import Words, draw
 from psn_train.predict.reading import Unreadable, open_reading
 from psn_train.predict.show import Lines
+from psn_train.publish.classes import class_names
 from psn_train.publish.hub import load_any, weights_text
 from psn_train.recipe import recipe_hash
 
@@ -46,9 +47,9 @@ class Outputs:
             raise ValueError("--csv - and --json -: stdout has room for one of them; name a file for the other")
         if self.logits and self.json is None:
             raise ValueError("--logits are part of the JSON; give --json FILE as well")
-        check_target(self.csv, "--csv")
-        check_target(self.json, "--json")
-        check_target(self.picture, "--picture", ".png")
+        check_writable(self.csv, "--csv")
+        check_writable(self.json, "--json")
+        check_writable(self.picture, "--picture", ".png")
         if self.picture is not None:
             from psn_train.bench.picture import figure_class
 
@@ -92,7 +93,7 @@ def run_predict(
     outputs: Outputs,
     *,
     prefer: str = "best",
-    stdin: Iterable[str] = (),
+    stdin: Callable[[], bytes] = bytes,
     strict: bool = False,
     on_start: Callable[[int], None] = lambda count: None,
     on_file: Callable[[], None] = lambda: None,
@@ -102,7 +103,7 @@ def run_predict(
     """Predict files, print a table or write what is asked for; returns the exit status, 1 where files were skipped.
 
     Args:
-        inputs: see `files.list_files`.
+        inputs, stdin: see `files.list_files`.
         strict: stop at the first file that cannot be read, and write nothing.
         on_start: called with the number of files.
         on_file: called after each.
@@ -115,12 +116,13 @@ def run_predict(
     outputs.check()
     predictor, meta = open_predictor(where, prefer=prefer, **options)
     kind = predictor.reading.kind
-    files, passed = list_files(inputs, kind, stdin)
+    files = list_files(inputs, kind, stdin)
     names, names_from = class_names(predictor.recipe, meta, predictor.model.num_classes)
     ranking = Ranking(names, outputs.top)
     text = weights_text(where, meta, prefer)
-    if passed:
-        _say(f"passed over: {passed:,} files of the folders that do not end as {kind.name} do")
+    if files.passed:
+        what = "1 file of the folders is" if files.passed == 1 else f"{files.passed:,} files of the folders are"
+        _say(f"passed over: {what} no {kind.name} by the ends of their names")
     unreadable, pictured, count = [], [], 0
     quiet = STDOUT in (outputs.csv, outputs.json)
     lines = Lines(ranking, f"{predictor.recipe.name}: {text}")
@@ -131,8 +133,8 @@ def run_predict(
         if outputs.json is not None:
             head = _head(predictor, text, names_from if names is not None else None)
             written.append(opened.enter_context(JsonOutput(outputs.json, ranking, head, outputs.logits)))
-        on_start(len(files))
-        for one in predictor(files, outputs.pictured if outputs.picture is not None else 0):
+        on_start(len(files.paths))
+        for one in predictor(files.paths, outputs.pictured if outputs.picture is not None else 0, files.piped):
             on_file()
             if isinstance(one, Unreadable):
                 if strict:
@@ -161,7 +163,7 @@ def run_predict(
         _say(f"skipped: {one}")
     if unreadable:
         nothing = "" if count else "; nothing is written"
-        _say(f"psn: {len(unreadable):,} of {len(files):,} files could not be read{nothing}")
+        _say(f"psn: {len(unreadable):,} of {len(files.paths):,} files could not be read{nothing}")
     return 1 if unreadable else 0
 
 

@@ -18,6 +18,7 @@ from psn_train.data.frames.batched import PackedEvents
 from psn_train.data.stream import Batch
 from psn_train.models.network import SpikingNetwork
 from psn_train.neurons import PSN, get_lambda, spiking_neurons
+from psn_train.predict.files import STDIN
 from psn_train.predict.reading import ImageFiles, RecordingFiles, Unreadable
 from psn_train.publish.hub import choose_device
 from psn_train.recipe import Recipe
@@ -100,11 +101,14 @@ class Predictor:
         self.model, self.recipe, self.reading, self.device_name = model, recipe, reading, device
         self.batch_size, self.workers = batch_size, workers
 
-    def __call__(self, files: Sequence[str], seen: int = 0) -> Iterator[Prediction | Unreadable]:
+    def __call__(
+        self, files: Sequence[str], seen: int = 0, piped: bytes | None = None
+    ) -> Iterator[Prediction | Unreadable]:
         """An answer to each file, in their order; while the network is at a batch, the next one is read.
 
         Args:
             seen: answers that come with what the network saw; the first ones.
+            piped: what stands in the file `-`.
 
         Raises:
             ValueError: the network's logits are not finite, or the device is not to be had.
@@ -118,7 +122,8 @@ class Predictor:
             # one round more than there are batches: the last is answered in it
             for start in range(0, len(files) + self.batch_size, self.batch_size):
                 names = files[start : start + self.batch_size]
-                begun = [(name, pool.submit(_attempt, self.reading, name)) for name in names]
+                data = {STDIN: piped}
+                begun = [(name, pool.submit(_attempt, self.reading, name, data.get(name))) for name in names]
                 for one in self._answer(ahead or (), seen):
                     seen -= isinstance(one, Prediction)
                     yield one
@@ -180,9 +185,9 @@ class Predictor:
         return PackedEvents.pack(samples, with_time=self.recipe.events.frames != "number")
 
 
-def _attempt(read: Callable, name: str):
+def _attempt(read: Callable, name: str, data: bytes | None):
     """What is read, or why it is not."""
     try:
-        return read(name)
+        return read(name, data)
     except Unreadable as error:
         return error

@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import tempfile
-from pathlib import Path
 
 from psn_train.predict.answers import Prediction, best
 
@@ -19,21 +18,6 @@ CSV_COLUMNS = ("file", "answer", "step", "rank", "class", "name", "probability")
 def printable(text: str) -> str:
     """A path as a terminal and a picture can show it, whatever bytes it is made of."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def check_target(path: str | None, option: str, suffix: str | None = None) -> None:
-    """ValueError where a file cannot be written, before anything is computed for it; `suffix`: that it must have."""
-    if path is None or (path == STDOUT and suffix is None):
-        return
-    file = Path(path)
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        why = "is a folder" if file.is_dir() else "lies in no folder that there is"
-        terminal = "" if suffix else ", or - for the terminal"
-        raise ValueError(f"{option}: {path} {why}; name a file in a folder that exists{terminal}")
-    if suffix is not None and file.suffix.lower() != suffix:
-        raise ValueError(f"{option}: {path} does not end in {suffix}; name a file that does")
-    if not os.access(file if file.exists() else file.absolute().parent, os.W_OK):
-        raise ValueError(f"{option}: {path} may not be written; name another file")
 
 
 class Ranking:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 
 import numpy as np
 
@@ -59,11 +60,14 @@ def draw(predictions: Sequence[Prediction], ranking: Ranking, words: Words, path
     rows = -(-len(predictions) // columns)
     classes = min(ranking.top, len(predictions[0].final))
     height = max(2.5, 0.9 + 0.24 * classes)
-    figure = figure_class()(figsize=(10.5 * columns, height * rows + 1.1), layout="constrained")
+    frames = predictions[0].seen.ndim == 4
+    # the legend of frames stands at its right
+    title = wrap(printable(words.title), (62 if frames else 100) * columns, max_lines=3, placeholder=" ...")
+    figure = figure_class()(figsize=(10.5 * columns, height * rows + 1.0 + 0.15 * len(title)), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06)
     explained = "left: what the network saw; bars: all steps; lines: solid up to a step, dotted a step alone"
     figure.suptitle(
-        f"{_short(words.title, 80 * columns)}\n{words.note}\n{explained}",
+        "\n".join([*title, words.note, explained]),
         fontsize=10,
         x=0.01,
         ha="left",
@@ -72,7 +76,7 @@ def draw(predictions: Sequence[Prediction], ranking: Ranking, words: Words, path
     parts = np.atleast_1d(figure.subfigures(rows, columns, squeeze=False)).ravel()
     for part, prediction in zip(parts, predictions, strict=False):
         _draw_one(part, prediction, ranking, classes)
-    if predictions[0].seen.ndim == 4:
+    if frames:
         event_legend(figure, signed=words.signed)
     aside = f"{path}.tmp"
     try:

@@ -53,13 +53,13 @@ class ImageFiles:
     def __init__(self, recipe: Recipe):
         self.samples = ImageSamples(recipe, None, training=False)
 
-    def __call__(self, path: str) -> np.ndarray:
-        """uint8 [C, H, W].
+    def __call__(self, path: str, data: bytes | None = None) -> np.ndarray:
+        """uint8 [C, H, W]. Args: data: what stands in the file; None: it is read.
 
         Raises:
             Unreadable: it is none, or it is damaged.
         """
-        data = _bytes_of(path)
+        data = _bytes_of(path) if data is None else data
         try:
             # jpg, png and webp stay as they are, anything else becomes a PNG
             image = prepare_image(data)
@@ -90,13 +90,13 @@ class RecordingFiles:
             )
         self.format, self.sensor, self.trained = format, sensor, trained
 
-    def __call__(self, path: str) -> Recording:
-        """The recording, on the sensor that the network knows.
+    def __call__(self, path: str, data: bytes | None = None) -> Recording:
+        """The recording, on the sensor that the network knows. Args: data: what stands in the file; None: it is read.
 
         Raises:
             Unreadable: it is none, is damaged, has no events, or is of another sensor.
         """
-        data = _bytes_of(path)
+        data = _bytes_of(path) if data is None else data
         try:
             recording = self._parse(data, path)
         except EventError as error:
@@ -113,7 +113,7 @@ class RecordingFiles:
         return recording
 
     def _parse(self, data: bytes, path: str) -> Recording:
-        format = self.format or guess_format(data, Path(path).suffix, path)
+        format = self.format or self._guess(data, path)
         wanted = self.sensor or (self.trained if format in _OPEN else None)
         try:
             return parse_recording(data, format, wanted, path)
@@ -122,6 +122,12 @@ class RecordingFiles:
             if wanted is not None or self.trained is None:
                 raise
             return parse_recording(data, format, self.trained, path)
+
+    def _guess(self, data: bytes, path: str) -> str:
+        try:
+            return guess_format(data, Path(path).suffix, path)
+        except EventError as error:
+            raise EventError(f"{error}; --format names it") from error
 
 
 def open_reading(

@@ -37,7 +37,7 @@ class Card:
 
     Attributes:
         name: ARCHITECTURE.TAG.
-        load: what `timm.create_model` takes, `hf-hub:org/NAME` or `local-dir:DIR`.
+        load: what `timm.create_model` takes, `hf-hub:org/NAME`, or `local-dir:NAME` beside the folder NAME.
         checked: what a fresh process found.
         missing: claims that were not taken again, with the reason.
         last: state.json of the run's last checkpoint, or of this one where there is none.
@@ -66,7 +66,7 @@ def card_text(card: Card) -> str:
         f"# {card.name}",
         f"A network of spiking neurons for {what}, trained and published with `psn_train`: "
         f"top-1 {claim.top1:.2f} %, top-5 {claim.top5:.2f} % on {claim.samples}{_optimistic(claim)}.",
-        "## Usage\n\n```python\n" + usage_code(recipe, card.load, split.get("sensor")) + "```",
+        f"## Usage\n\n{_beside(card)}```python\n" + usage_code(recipe, card.load, split.get("sensor")) + "```",
         "## Model\n\n" + _bullets(_model(card)),
         "## Data\n\n" + _data(card),
         "## Accuracy\n\n" + _accuracy(card),
@@ -78,6 +78,11 @@ def card_text(card: Card) -> str:
     if getattr(card.source.model, "neuron", "") in _NEURONS:
         parts.append(f"## Citation\n\n```bibtex\n{_CITATION}\n```")
     return _header(card) + "\n\n".join(parts) + "\n"
+
+
+def _beside(card: Card) -> str:
+    folder = card.load.partition("local-dir:")[2]
+    return f"In the folder that holds `{folder}`:\n\n" if folder else ""
 
 
 def _header(card: Card) -> str:

@@ -75,6 +75,7 @@ def check_folder(
     threads: int | None = None,
     workers: int = 2,
     device: str | None = None,
+    cache_dir: str | None = None,
 ) -> Checked:
     """Load a folder by timm in a fresh process, evaluate it, and hold the figures against the claims.
 
@@ -85,6 +86,7 @@ def check_folder(
         batch_size: as the run evaluated.
         threads: of the run, on a CPU; None: as many as torch takes.
         device: such as "cuda:1"; by default a GPU if there is one.
+        cache_dir: the recipe's, of shards of URLs, which what is published does not name.
 
     Raises:
         PublishError: a figure is another one, or the process fails.
@@ -94,6 +96,7 @@ def check_folder(
         "batch_size": batch_size,
         "workers": workers,
         "device": device,
+        "cache_dir": cache_dir,
         "threads": threads if trained_on == "cpu" else None,
         "claims": [
             {
@@ -174,7 +177,8 @@ def _evaluate(job: dict) -> dict:
     model, recipe, _ = load_timm_folder(job["folder"])
     set_precision(recipe, device)
     model.to(device)
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": job["workers"]})})
+    own = {key: job[key] for key in ("workers", "cache_dir")}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=own)})
     figures, firing, energy = [], {}, {}
     with (
         # shards of URLs stay no longer than this process, unless the recipe has a place for them

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,8 @@ from pathlib import Path
 import yaml
 from torch import nn
 
-from psn_train.data.index import load_index
 from psn_train.neurons import get_lambda
+from psn_train.publish.classes import class_names
 from psn_train.publish.hub import load_run, shown_recipe
 from psn_train.publish.naming import License, PublishError
 from psn_train.recipe import Recipe, parse_yaml
@@ -30,6 +31,8 @@ from psn_train.training.checkpoint import CheckpointError
 from psn_train.training.results import results_of_checkpoint
 from psn_train.training.storage import place
 
+# in a command; the slashes of a URL follow letters
+_ABSOLUTE = re.compile(r"""(?<![^\s'"=<>|:])~?/(?!/)[^\s'"<>|]+""")
 # what a published folder holds; nothing of it is pickled
 FILES = ("model.safetensors", "config.json", "recipe.yaml", "README.md")
 # of the neurons whose names end in psn
@@ -110,7 +113,7 @@ def write_folder(source: Source, out: Path, *, tag: str | None = None, license_:
     }
     config = {
         "psn_train": {
-            "recipe": shown_recipe(recipe),
+            "recipe": published_recipe(recipe),
             "recipe_hash": meta["recipe_hash"],
             "results": source.results,
             "step": meta["step"],
@@ -120,11 +123,9 @@ def write_folder(source: Source, out: Path, *, tag: str | None = None, license_:
             "versions": meta["versions"],
         }
     }
-    try:
-        config["label_names"] = load_index(recipe.data.train).classes
-    except ValueError:
-        # the shards need not be where the checkpoint is
-        config.pop("label_names", None)
+    # the shards need not be where the checkpoint is
+    if (names := class_names(recipe, meta, model.num_classes, fetch=True)[0]) is not None:
+        config["label_names"] = names
     # timm fills model_args from the arguments that create_model was given
     save_for_hf(model, str(out), model_config=config, safe_serialization=True)
     # safetensors lets nobody else read what it writes
@@ -132,9 +133,37 @@ def write_folder(source: Source, out: Path, *, tag: str | None = None, license_:
     (out / "recipe.yaml").write_text(recipe_text(recipe, meta["recipe_hash"]), encoding="utf-8")
 
 
+def published_recipe(recipe: Recipe) -> dict:
+    """`shown_recipe` without what is of this machine alone.
+
+    Of absolute paths of data and weights the last two parts stay, which name the data set; places to write to become
+    the defaults.
+    """
+    document = shown_recipe(recipe)
+    for section, keys in {"data": ("train", "val", "test"), "model": ("init_from",)}.items():
+        for key in keys:
+            document[section][key] = _without_machine(document[section][key])
+    for part, key in ((document, "run_dir"), (document["data"], "cache_dir"), (document["checkpoint"], "dir")):
+        if part[key] is not None and part[key].startswith(("/", "~", "file://")):
+            part[key] = None
+    return document
+
+
+def _without_machine(where: str | None) -> str | None:
+    """An absolute path by its last two parts, also those of a command."""
+    if where is None or where.startswith("pipe:"):
+        return where and _ABSOLUTE.sub(lambda found: _last_two(found[0]), where)
+    path = where.removeprefix("file://")
+    return _last_two(path) if path.startswith(("/", "~")) else where
+
+
+def _last_two(path: str) -> str:
+    return "/".join(part for part in path.rstrip("/").split("/")[-2:] if part)
+
+
 def recipe_text(recipe: Recipe, hash_: str) -> str:
     """The resolved recipe as a file that `load_recipe` takes, with its hash in the first line."""
-    document = shown_recipe(recipe)
+    document = published_recipe(recipe)
     text = yaml.safe_dump(document, sort_keys=False, width=120)
     if parse_yaml(text) != document:
         # words that are numbers to YAML 1.2 and not to PyYAML, such as 1e3; JSON is YAML, too

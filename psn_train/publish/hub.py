@@ -23,7 +23,7 @@ from psn_train.recipe import Recipe, saved_recipe
 from psn_train.training.build import load_network
 from psn_train.training.checkpoint import CheckpointError, find_checkpoint, last_checkpoint, read_best, read_meta
 from psn_train.training.evaluate import evaluate, make_eval_loader
-from psn_train.training.results import weights_of
+from psn_train.training.results import epoch_reached, weights_of
 from psn_train.training.storage import place
 
 
@@ -114,7 +114,7 @@ def weights_text(where: str | os.PathLike, meta: dict, prefer: str) -> str:
     own = meta.get("psn_train", meta)
     if "step" not in own:
         return f"{where}, as it is"
-    reached = f"step {own['step']}, epoch {math.ceil(own['epoch'])}"
+    reached = f"step {own['step']}, epoch {epoch_reached(own) + 1}"
     if "psn_train" in meta:
         return f"{where}, published from {reached}, weights: {own['weights']}"
     path = place(meta["path"])
@@ -254,23 +254,9 @@ def open_on_shards(
     return OnShards(model.to(place), recipe, meta, reader, batch_size, place, ids)
 
 
-def evaluate_folder(
-    where: str | os.PathLike,
-    shards: str,
-    *,
-    prefer: str = "best",
-    weights: str = "auto",
-    batch_size: int = 64,
-    workers: int = 2,
-    device: str | None = None,
-    firing: bool = True,
-    fold: bool = False,
-    on_batch=None,
-):
-    """Evaluate a run, a checkpoint or a timm folder on shards; see `open_on_shards` and `evaluate`."""
-    opened = open_on_shards(
-        where, shards, prefer=prefer, weights=weights, batch_size=batch_size, workers=workers, device=device, fold=fold
-    )
+def evaluate_folder(where: str | os.PathLike, shards: str, *, firing: bool = True, on_batch=None, **settings):
+    """Evaluate a run, a checkpoint or a timm folder on shards; `settings` are of `open_on_shards`, see `evaluate`."""
+    opened = open_on_shards(where, shards, **settings)
     model, recipe = opened.model, opened.recipe
     result = evaluate(model, recipe, opened.loader(), device=opened.device, firing=firing, on_batch=on_batch)
     return result, recipe, opened.meta

@@ -105,11 +105,17 @@ def publish(
             threads=source.meta.get("threads"),
             workers=workers,
             device=device,
+            cache_dir=source.recipe.data.cache_dir,
         )
-        card = Card(name, load, source, license_, checked, missing, _last(source), dataset)
+        # where the folder lies on this machine is nobody's business
+        own = load if to is not None else f"local-dir:{Path(to_folder).absolute().name}"
+        card = Card(name, own, source, license_, checked, missing, _last(source), dataset)
         (folder / "README.md").write_text(card_text(card), encoding="utf-8")
-        # what is not listed might be pickled
-        assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+        if others := sorted({path.name for path in folder.iterdir()} - set(FILES)):
+            raise PublishError(
+                f"{', '.join(others)} would be published beside {', '.join(FILES)}, and might hold pickled code: this "
+                "timm writes more than is known here. Nothing is published"
+            )
         weights = weights_text(where, source.meta, prefer)
         if to is None:
             return Published(name, weights, load, checked)

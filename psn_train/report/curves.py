@@ -103,7 +103,8 @@ def _with_paper(records: list[RunRecord], papers: list[PaperLog | None], which: 
     if not seen:
         return None
     plain_axis(axis)
-    axis.set_xlim(0, end or 1)
+    # room for the last marker
+    axis.set_xlim(0, 1.015 * (end or 1))
     if which == "loss":
         # a first loss may be far above all others
         low, high = min(seen), float(np.percentile(seen, 99))
@@ -192,7 +193,8 @@ def draw_over_layers(
     plain_axis(axis, grid=False)
     step = -(-len(layers) // 40)
     axis.set_yticks(range(0, len(layers), step), layers[::step], fontsize=9)
-    shown = np.unique(np.linspace(0, len(lines) - 1, min(6, len(lines))).round().astype(int))
+    # at even distances, and of few all
+    shown = range(0, len(lines), -(-len(lines) // 10))
     # an evaluation where the run was cut is within an epoch
     whole = [line.get("candidate", True) or not record.steps_per_epoch for line in lines]
     ends = [f"{line['epoch'] + 1}" if whole[i] else f"{record.epochs([line])[0]:.2f}" for i, line in enumerate(lines)]

@@ -71,6 +71,15 @@ def make_eval_loader(
     )
 
 
+def check_bad(bad: list[str], recipe: Recipe) -> None:
+    """Raises ShardError, with the names, where more samples than `data.max_bad_samples` could not be read."""
+    if len(bad) > recipe.data.max_bad_samples:
+        raise ShardError(
+            f"{len(bad)} unreadable samples, data.max_bad_samples is {recipe.data.max_bad_samples}:\n  "
+            + "\n  ".join(bad)
+        )
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -126,11 +135,7 @@ def evaluate(
                     _take_part(model, recipe, device, rates)
                 continue
             bad += batch.bad
-            if len(bad) > recipe.data.max_bad_samples:
-                raise ShardError(
-                    f"{len(bad)} unreadable samples, data.max_bad_samples is {recipe.data.max_bad_samples}:\n  "
-                    + "\n  ".join(bad)
-                )
+            check_bad(bad, recipe)
             x, mask = inputs(batch)
             targets = batch.targets.to(device, non_blocking=True)
             if rates is not None:

@@ -39,6 +39,21 @@ class SelectionError(ValueError):
     """What is to decide which epoch is the best cannot be trusted."""
 
 
+def epoch_reached(meta: dict) -> int:
+    """The epoch (from 0) to which the last update of a checkpoint belongs, as its run counted, see `Plan.epoch_of`.
+
+    A batch may span two epochs, so `meta["epoch"]`, samples seen over those of an epoch, is mostly past its end.
+
+    Args:
+        meta: state.json, or what a published config.json has under `psn_train`.
+    """
+    step, batch = meta["step"], meta["recipe"]["data"]["global_batch_size"]
+    if step == 0:
+        return 0
+    samples = round(step * batch / meta["epoch"])
+    return (step - 1) * batch // samples
+
+
 class Results:
     """Best and last evaluation of a run so far, and the test set's figures once they are known."""
 

@@ -6,11 +6,11 @@ from psn_train.data.index import is_url, load_index
 from psn_train.recipe import Recipe
 
 
-def class_names(recipe: Recipe, meta: dict, num_classes: int) -> tuple[list[str] | None, str]:
+def class_names(recipe: Recipe, meta: dict, num_classes: int, *, fetch: bool = False) -> tuple[list[str] | None, str]:
     """(names, where they come from), or (None, why there are none: the numbers have to do).
 
     They are those of a timm folder's config.json (`label_names`), else those in the index of the shards that the run
-    trained on, where these lie in a folder that is here and have not become others since.
+    trained on, where these lie in a folder that is here, or with `fetch` at a URL, and have not become others since.
 
     Args:
         meta: as `load_any` gives it.
@@ -19,7 +19,7 @@ def class_names(recipe: Recipe, meta: dict, num_classes: int) -> tuple[list[str]
     if isinstance(named, list) and len(named) == num_classes:
         return [str(name) for name in named], "config.json"
     where = recipe.data.train
-    if not where or is_url(where):
+    if not where or (is_url(where) and not fetch):
         return None, "config.json has none" if "architecture" in meta else "the training shards are not here"
     try:
         index = load_index(where)
