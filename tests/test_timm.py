@@ -235,11 +235,12 @@ def test_trains_in_a_plain_loop_on_photographs():
     assert x.shape == (24, 3, 64, 64)
     optimizer = create_optimizer_v2(model, "adamw", lr=3e-3)
     losses = []
-    for _ in range(30):
+    for _ in range(50):
         loss = nn.functional.cross_entropy(model(x), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    # 0.004 to 0.02 of it with four seeds
+    assert losses[-1] < 0.1 * losses[0]
     assert len(list(spiking_neurons(model))) == 12
