@@ -146,9 +146,10 @@ def test_torch_loads_what_was_exported_for_it(run_of, export, tmp_path):
     network, x = network_and(run)
     extra = {"metadata.json": ""}
     loaded = torch.export.load(str(out), extra_files=extra).module()
-    # operators of torch alone: nobody needs this package to run it
-    targets = {str(node.target) for node in loaded.graph.nodes if node.op == "call_function"}
-    assert len(targets) > 5 and all(target.startswith("aten.") or "getitem" in target for target in targets), targets
+    # operators of torch alone, and Python's on sizes: nobody needs this package to run it
+    targets = {node.target for node in loaded.graph.nodes if node.op == "call_function"}
+    libraries = {getattr(target, "namespace", target.__module__) for target in targets}
+    assert len(targets) > 5 and "aten" in libraries and libraries <= {"aten", "_operator"}, targets
     with torch.no_grad():
         for part in (x, x[:1]):
             same(loaded(part), network(part, per_step=True))
@@ -176,7 +177,12 @@ STEPS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("neuron", "to"),
-    [("sliding_psn", "onnx"), ("masked_psn", "onnx"), ("sliding_psn", "torch-export"), ("lif", "torch-export")],
+    [
+        ("masked_psn", "onnx"),
+        ("sliding_psn", "torch-export"),
+        pytest.param("sliding_psn", "onnx", marks=pytest.mark.long),
+        pytest.param("lif", "torch-export", marks=pytest.mark.long),
+    ],
 )
 def test_a_step_after_another_is_the_sequence(run_of, export, tmp_path, neuron, to):
     """The state is in the caller's hands: at rest in the beginning, as the file says, and handed on."""

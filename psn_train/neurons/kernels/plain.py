@@ -12,9 +12,8 @@ from psn_train.neurons.functional.parallel import sliding_weight
 from psn_train.neurons.functional.surrogate import get_surrogate
 from psn_train.neurons.layout import compute_dtype
 
-# columns at a time, so that no tensor of all of them is made: numbers of one T x block tensor. In smaller ones, which
-# would stay in a core's cache, calls take longer than what they do
-_BLOCK = 1 << 18
+# numbers of a T x block tensor on a CPU, at least and at most: in small ones calls take longer than what they do
+_LEAST, _MOST = 1 << 15, 1 << 18
 
 
 def coefficients(T: int, dtype: torch.dtype, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,10 +22,15 @@ def coefficients(T: int, dtype: torch.dtype, weight: Tensor, bias: Tensor) -> tu
     return sliding_weight(weight, T) if weight.ndim == 1 else weight, bias.to(dtype).reshape(-1, 1)
 
 
+def numbers_at_a_time(numbers: int) -> int:
+    """Of a tensor of so many, on a CPU: what is computed of a block is little beside the whole."""
+    return max(_LEAST, min(numbers // 8, _MOST))
+
+
 def blocks(T: int, x: Tensor) -> range:
     """Where blocks of columns of x [J, M] begin; the step is their width. Off the CPU there is one."""
     M = x.shape[1]
-    return range(0, M, max(1, _BLOCK // T) if x.device.type == "cpu" else max(1, M))
+    return range(0, M, max(1, numbers_at_a_time(T * M) // T) if x.device.type == "cpu" else max(1, M))
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, band: int) -> Tensor:

@@ -17,9 +17,6 @@ from psn_train.neurons.functional.surrogate import get_surrogate
 from psn_train.neurons.kernels import plain
 from psn_train.neurons.layout import compute_dtype
 
-# numbers of one T x block tensor; see plain.py
-_BLOCK = 1 << 18
-
 
 def statistics(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel [C], in float32 at least."""
@@ -112,12 +109,13 @@ def _potentials(
 
 
 def _blocks(T: int, A: int, C: int, B: int) -> Iterator[tuple[slice, slice]]:
-    rows = _BLOCK // (T * C * B)
+    numbers = plain.numbers_at_a_time(T * A * C * B)
+    rows = numbers // (T * C * B)
     if rows >= 1:
         for begin in range(0, A, rows):
             yield slice(begin, begin + rows), slice(None)
         return
-    channels = max(1, _BLOCK // (T * B))
+    channels = max(1, numbers // (T * B))
     for row in range(A):
         for begin in range(0, C, channels):
             yield slice(row, row + 1), slice(begin, begin + channels)
