@@ -197,3 +197,7 @@ def for_the_readme(folder: Path) -> None:
         event_trees.write_zip(folder / "downloads" / f"{name}.zip", files)
     digits_run(folder)
     old_networks(folder)
+    # what has no class yet
+    new = [jpeg(images[0]) for images in digits(1, 40).values()]
+    (folder / "holiday.jpg").write_bytes(new[0])
+    event_trees.write_files(folder / "inbox", {f"{number}.jpg": one for number, one in enumerate(new[1:])})
