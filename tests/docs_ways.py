@@ -125,7 +125,11 @@ WAYS: dict[str, Way] = {
             "photos.yaml": README_PHOTOS,
         },
         changes=[FEWER_WORKERS, (r"sbatch --nodes 4", "sbatch --nodes 2")],
-        elsewhere={"kubectl apply": "tests/test_kubernetes.py: against the schemas of the cluster"},
+        elsewhere={
+            "kubectl apply": "tests/test_kubernetes.py: against the schemas of the cluster",
+            "accelerate launch --config_file launch/accelerate/multi_node.yaml --rdzv_backend c10d": "tests/"
+            "test_elastic.py: this very command, on hosts whose names resolve",
+        },
     ),
 }
 WAYS["../README"] = Way(
