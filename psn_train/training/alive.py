@@ -54,9 +54,7 @@ class Alive:
             self._store: Store = store
         except (DistError, RuntimeError, KeyError, ValueError) as error:
             raise OSError(f"the launcher's store cannot be reached: {error}") from error
-        self._teller, self._judging = (
-            threading.Thread(target=job, name="psn alive", daemon=True) for job in (self._tell, self._judge)
-        )
+        self._teller = threading.Thread(target=self._tell, name="psn alive", daemon=True)
 
     def start(self, hosts: list[str], attempt: str) -> None:
         """Every rank has made its own.
@@ -69,7 +67,7 @@ class Alive:
         self.hosts = hosts
         self._store = PrefixStore(f"psn_alive/{attempt}", self._store)
         self._teller.start()
-        self._judging.start()
+        threading.Thread(target=self._judge, name="psn alive", daemon=True).start()
 
     def close(self) -> None:
         """This rank is done; nobody is to wait for its signs. Waits for the store, if that does not answer."""
