@@ -3,7 +3,7 @@ they come and under torch.compile.
 
     python benchmarks/neuron.py [--T 4 8 32] [--N 2^20] [--dtype fp32] [--no-compile] [--out DIR]
 
-Before anything is timed, every backend is held against the neuron's definition (`psn_train.bench.gate`), and
+Before anything is timed, every backend is held against the neuron's definition (`psn_train.neurons.gate`), and
 SpikingJelly's spikes and gradients against ours. Gigabytes a second count what must move: x and the gradient read,
 spikes and the gradient of x written, x read once more; on a GPU beside those of a copy.
 """
@@ -18,11 +18,11 @@ import side_by_side
 import torch
 from torch import Tensor, nn
 
-from psn_train.bench.gate import check_neuron, coarsen, gate_case
 from psn_train.bench.neurons import DTYPES, size_name
 from psn_train.bench.timing import measure_in_turns
 from psn_train.cli.arguments import count, size
 from psn_train.neurons import PSN, MaskedPSN, Neuron, SlidingPSN
+from psn_train.neurons.gate import check_neuron, coarsen, gate_case
 
 # of the largest gradient: sums of some hundred terms in another order, or in the input's type
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}

@@ -9,7 +9,7 @@ from conftest import results_of, train_here, weights
 from test_distributed import EXACT, launch
 
 from psn_train.cli import main
-from psn_train.plan import auto
+from psn_train.plan import auto_batch
 from psn_train.plan.hardware import GIB, Cluster
 from psn_train.plan.memory import estimate
 from psn_train.plan.report import make_report
@@ -27,7 +27,7 @@ def needed(document: dict, size: int, devices: int = 1) -> float:
 @pytest.fixture
 def memory(monkeypatch):
     """memory(bytes): of the device, from now on."""
-    return lambda size: monkeypatch.setattr(auto, "device_memory", lambda device: size)
+    return lambda size: monkeypatch.setattr(auto_batch, "device_memory", lambda device: size)
 
 
 def saved(document: dict) -> tuple[dict, dict]:
@@ -73,16 +73,16 @@ def test_not_even_one_sample_fits(small, memory):
 def test_the_smallest_device_decides(small, monkeypatch):
     document = small(**AUTO)
     recipe, total = check_recipe(document), needed(document, 4, devices=3)
-    found = auto.fitting_plan(recipe, 10, 150, total, {"engine": "ddp", "devices": 3, "resident": 0.0})
+    found = auto_batch.fitting_plan(recipe, 10, 150, total, {"engine": "ddp", "devices": 3, "resident": 0.0})
     assert (found.micro_batch_size, found.grad_accum_steps) == (4, 2)
     splits = type("Splits", (), {})()
     splits.train = splits.select = type("Reader", (), {"index": type("Index", (), {"num_samples": 150})})
     splits.test = None
-    bound, text = auto._decide(recipe, 10, splits, "ddp", [80 * GIB, total, 40 * GIB])
+    bound, text = auto_batch._decide(recipe, 10, splits, "ddp", [80 * GIB, total, 40 * GIB])
     assert bound == 4 and "2 micro-batches an update" in text
     pairs = check_recipe(small(**AUTO, augment={"mixup": 0.2}))
     limit = estimate(pairs, 10, 5, **ALONE).total
-    assert auto.fitting_plan(pairs, 10, 150, limit, {**ALONE, "resident": 0.0}).micro_batch_size == 4
+    assert auto_batch.fitting_plan(pairs, 10, 150, limit, {**ALONE, "resident": 0.0}).micro_batch_size == 4
 
 
 def test_keys_and_plans(small):
@@ -124,7 +124,7 @@ def test_lean_is_advised_with_what_it_allows(small):
 
 OF_RANK = """
 import os
-import psn_train.plan.auto as m
+import psn_train.plan.auto_batch as m
 m.device_memory = lambda device: {sizes!r}[int(os.environ["RANK"])]
 """
 

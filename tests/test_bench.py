@@ -7,10 +7,10 @@ import re
 import pytest
 import torch
 
-from psn_train.bench import gate, neurons, timing
+from psn_train.bench import neurons, timing
 from psn_train.bench.neurons import PASSES, make_grid
 from psn_train.cli import main
-from psn_train.neurons import NEURONS, PSN, build_neuron
+from psn_train.neurons import NEURONS, PSN, build_neuron, gate
 from psn_train.neurons import functional as law
 
 CPU = torch.device("cpu")
@@ -170,7 +170,7 @@ def test_running_out_of_memory_marks_the_cell(bench, monkeypatch, tmp_path):
 def test_what_autograd_keeps_is_counted():
     # a PSN keeps its input, a LIF h
     for name, tensors in {"psn": 1, "lif": 1}.items():
-        assert gate.kept_for_backward(build_neuron(name, T=4), 4, torch.float32, CPU) == 4 * tensors
+        assert neurons.kept_for_backward(build_neuron(name, T=4), 4, torch.float32, CPU) == 4 * tensors
 
 
 def test_the_limit_of_a_container(tmp_path):

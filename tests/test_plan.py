@@ -1,6 +1,7 @@
 """`psn plan`: its arithmetic, what it refuses, and that it agrees with runs that were made."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -112,16 +113,17 @@ def test_batch_norms_are_found():
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_one_that_does():
-    recipe, cluster = packaged("data.max_batch_per_device=null"), Cluster(1, 2, memory_gib=10.0)
+    stated = partial(packaged, "precision.kernels=reference")
+    recipe, cluster = stated("data.max_batch_per_device=null"), Cluster(1, 2, memory_gib=10.0)
     report = make_report(recipe, cluster)
     (problem,) = report.problems
     assert "a micro-batch of 256 needs an estimated" in problem and "of the 10.0 GiB" in problem
     size, accumulated = report.largest_micro_batch, 256 // report.largest_micro_batch
     assert f"set it to {size}, the largest that fits, which gives {accumulated} micro-batches" in problem
-    fitting = make_report(packaged(f"data.max_batch_per_device={size}"), cluster)
+    fitting = make_report(stated(f"data.max_batch_per_device={size}"), cluster)
     assert fitting.problems == [] and fitting.memory.total <= cluster.memory
     assert (fitting.plan.micro_batch_size, fitting.plan.grad_accum_steps) == (size, accumulated)
-    larger = make_report(packaged(f"data.max_batch_per_device={2 * size}"), cluster)
+    larger = make_report(stated(f"data.max_batch_per_device={2 * size}"), cluster)
     assert larger.problems != []
     none = make_report(recipe, Cluster(1, 2, memory_gib=1.0))
     assert none.largest_micro_batch == 0 and "not even one sample fits" in none.problems[0]

@@ -24,7 +24,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from psn_train.bench.gate import check_neuron, coarsen, kept_for_backward
 from psn_train.bench.picture import draw_neurons, figure_class, threads_name
 from psn_train.bench.timing import (
     SHARE_OF_MEMORY,
@@ -35,6 +34,7 @@ from psn_train.bench.timing import (
     out_of_memory,
 )
 from psn_train.neurons import NEURONS, Neuron, build_neuron
+from psn_train.neurons.gate import check_neuron, coarsen
 
 PASSES = ("forward", "forward_backward")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -208,6 +208,28 @@ def _check_all(neurons: Sequence[str], grid: Sequence[Cell], layer: Callable[...
         kept[T] = most
         torch.compiler.reset()
     return kept
+
+
+def kept_for_backward(neuron: Neuron, T: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Bytes that autograd keeps of one layer for each of the T x M inputs, counted by running it on two sizes."""
+
+    def kept(M: int) -> int:
+        storages = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        x = torch.zeros(T, M, dtype=dtype, device=device, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            # what is kept lives as long as the output
+            spike_seq = neuron(x)
+        del spike_seq
+        return sum(storages.values())
+
+    # the difference leaves out what does not grow with M
+    return (kept(128) - kept(64)) / (64 * T)
 
 
 def _time_cell(

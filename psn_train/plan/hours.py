@@ -20,6 +20,7 @@ from psn_train.training.checkpoint import find_checkpoint, read_meta
 EVALUATION_SPEEDUP = 3.0
 _DECIDE_SPEED = ("model.name", "model.T", "model.in_chans", "model.args", "model.grad_checkpointing", "data.image_size")
 _DECIDE_SPEED += ("precision.dtype", "precision.channels_last", "precision.compile", "precision.kernels")
+_LEFT_OPEN = ("precision.kernels", "auto")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def from_run(run: str | Path, recipe: Recipe) -> Throughput:
         raise ValueError(f"--from-run {run}: no log and checkpoint of a run: {error}") from error
     ours, theirs = flatten(recipe.resolved()), flatten(meta["recipe"])
     decide = [key for key in {**ours, **theirs} if key in _DECIDE_SPEED or key.startswith("model.args.")]
-    differing = [key for key in decide if ours.get(key) != theirs.get(key)]
+    # what auto will be there is not known here; a run has it settled
+    differing = [key for key in decide if ours.get(key) != theirs.get(key) and (key, ours.get(key)) != _LEFT_OPEN]
     if differing:
         listed = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differing)
         raise ValueError(f"--from-run {run}: that run says nothing of this recipe's speed: {listed}")

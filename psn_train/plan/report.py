@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from psn_train.plan.auto import KEY, fitting_plan, with_bound
+from psn_train.plan.auto_batch import KEY, fitting_plan, with_bound
+from psn_train.plan.auto_kernels import KEY as KERNELS
+from psn_train.plan.auto_kernels import pays, with_kernels
 from psn_train.plan.communication import Communication, batch_norm_channels, communication
 from psn_train.plan.hardware import Cluster
 from psn_train.plan.hours import Hours, Throughput, from_run, hours
@@ -99,7 +101,10 @@ def make_report(recipe: Recipe, cluster: Cluster, question: Question | None = No
     except ValueError as error:
         report.problems.append(str(error))
         return report
+    asked = recipe
     try:
+        if recipe.precision.kernels == "auto" and cluster.engine != "zero3":
+            recipe = _with_kernels(report, recipe, model, found)
         if recipe.data.max_batch_per_device == "auto":
             recipe = _settled(report, recipe, found)
         report.plan = make_plan(recipe, world_size=cluster.devices, train_samples=found.samples)
@@ -113,11 +118,13 @@ def make_report(recipe: Recipe, cluster: Cluster, question: Question | None = No
         report.problems.append(str(error))
         return report
     _memory(report, recipe, found, update)
-    _throughput(report, recipe, found, question)
+    _throughput(report, recipe, asked, found, question)
     _talk_and_time(report, recipe, found, question, update, batch_norm_channels(model))
     cannot, slow = cache_problems(recipe, report.plan, found, cluster.gpus_per_node)
     report.problems += cannot
     report.notes += slow
+    if recipe.precision.kernels != asked.precision.kernels:
+        report.notes.append(f"{KERNELS}: auto is compiled here, where the GPUs' machines have a compiler")
     return report
 
 
@@ -125,6 +132,16 @@ def _layout(recipe: Recipe, found: TrainingSet, cluster: Cluster) -> dict:
     """Of `gpu_memory`."""
     resident = resident_bytes(recipe, found.samples + found.val_samples + found.test_samples)
     return {"engine": cluster.engine, "devices": cluster.devices, "resident": resident}
+
+
+def _with_kernels(report: Report, recipe: Recipe, model: torch.nn.Module, found: TrainingSet) -> Recipe:
+    """The recipe with the kernels that `auto` is on GPUs, if they compile there."""
+    plan = make_plan(with_bound(recipe, None), world_size=report.cluster.devices, train_samples=found.samples)
+    if not pays(recipe, model, plan, "cuda"):
+        return recipe
+    settled = with_kernels(recipe, "compiled")
+    report.recipe_hash = recipe_hash(settled)
+    return settled
 
 
 def _settled(report: Report, recipe: Recipe, found: TrainingSet) -> Recipe:
@@ -172,12 +189,12 @@ def _memory(report: Report, recipe: Recipe, found: TrainingSet, update) -> None:
     )
 
 
-def _throughput(report: Report, recipe: Recipe, found: TrainingSet, question: Question) -> None:
+def _throughput(report: Report, recipe: Recipe, asked: Recipe, found: TrainingSet, question: Question) -> None:
     if question.images_per_second is not None:
         report.throughput = Throughput(question.images_per_second, "as stated")
     elif question.run is not None:
         try:
-            report.throughput = from_run(question.run, recipe)
+            report.throughput = from_run(question.run, asked)
         except ValueError as error:
             report.problems.append(str(error))
     elif question.measured_updates is not None:

@@ -230,9 +230,9 @@ class Precision(Section):
     compile: bool = False
     """torch.compile the network."""
     kernels: Literal["auto", "reference", "compiled", "triton"] = "auto"
-    """What computes PSN, masked PSN and sliding PSN: plain PyTorch (reference, and what auto takes); Inductor
-    (compiled), together with the batch norm before it: faster and with less memory, after some seconds of compiling;
-    or Triton on a GPU, which has not yet been run on one."""
+    """What computes PSN, masked PSN and sliding PSN: plain PyTorch (reference); Inductor (compiled), together with the
+    batch norm before it: faster and with less memory, after a minute of compiling; Triton on a GPU, which has not yet
+    been run on one; or auto: compiled in a run long enough for that, where it works, else plain PyTorch."""
     deterministic: bool = False
     """Only algorithms that give the same bits each time (slower on a GPU)."""
     tf32: bool = True

@@ -9,7 +9,8 @@ import torch
 
 from psn_train.data.decoders import start_server
 from psn_train.data.split_checks import class_count
-from psn_train.plan.auto import settle_micro_batch, with_bound
+from psn_train.plan.auto_batch import settle_micro_batch, with_bound
+from psn_train.plan.auto_kernels import settle_kernels
 from psn_train.recipe import Recipe, make_plan
 from psn_train.training.build import build_model, check_channels_last, check_order, load_network, open_splits
 from psn_train.training.engine import build_engine, check_engine
@@ -75,6 +76,8 @@ def _train(recipe: Recipe, watch: Watch) -> int:
     accelerator = build_accelerator(recipe, world_size)
     device, rank = accelerator.device, accelerator.process_index
     set_precision(recipe, device)
+    # before the micro-batch: what they keep decides how many samples fit
+    recipe = settle_kernels(recipe, model, plan, accelerator, zero_stage)
     recipe = settle_micro_batch(recipe, num_classes, splits, accelerator, zero_stage)
     if automatic:
         plan = plan_of(recipe)

@@ -1,4 +1,5 @@
-"""What stands before every figure: the neuron that is timed computes what its definition says, spikes and gradients.
+"""A neuron held against its definition, spikes and gradients, on the device at hand: before any figure is printed, and
+before a run takes kernels by itself.
 
 The input, the weights and the gradient that comes in are multiples of powers of two so coarse that sums of their
 products are exact in float32, in whatever order they are added. So the spikes of two right ways are equal, all of them;
@@ -14,8 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from psn_train.neurons import PSN, Neuron
 from psn_train.neurons import functional as law
+from psn_train.neurons.neuron import Neuron
+from psn_train.neurons.psn import PSN
 
 # neurons of the case: no multiple of a vector's width
 _M = 61
@@ -60,7 +62,7 @@ def defined_spikes(neuron: Neuron, x_seq: Tensor) -> Tensor:
 def check_neuron(
     where: str, neuron: Neuron, call: Callable[[Tensor], Tensor], T: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Compare `call`, the way of `neuron` that will be timed, with the neuron's definition in float32.
+    """Compare `call`, a way to compute `neuron`, with the neuron's definition in float32.
 
     Args:
         where: what the error says of it, such as "psn at T=4".
@@ -77,7 +79,7 @@ def check_neuron(
     try:
         want = defined_spikes(neuron, x_law)
     except ValueError as error:
-        raise ValueError(f"{where} cannot be timed, there is no definition to compare it with: {error}") from error
+        raise ValueError(f"{where} cannot be compared with its definition, there is none: {error}") from error
     got = call(x)
     if got.shape != want.shape or got.dtype != dtype:
         raise _mismatch(where, f"it makes {got.dtype} {tuple(got.shape)} of {dtype} {tuple(want.shape)}")
@@ -100,28 +102,5 @@ def check_neuron(
 
 def _mismatch(where: str, what: str) -> ValueError:
     return ValueError(
-        f"{where} does not compute what its definition says: {what}. Nothing is timed that is wrong; please report it "
-        "with the output of `psn doctor`"
+        f"{where} does not compute what its definition says: {what}. Please report it with the output of `psn doctor`"
     )
-
-
-def kept_for_backward(neuron: Neuron, T: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Bytes that autograd keeps of one layer for each of the T x M inputs, counted by running it on two sizes."""
-
-    def kept(M: int) -> int:
-        storages = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        x = torch.zeros(T, M, dtype=dtype, device=device, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            # what is kept lives as long as the output
-            spike_seq = neuron(x)
-        del spike_seq
-        return sum(storages.values())
-
-    # the difference leaves out what does not grow with M
-    return (kept(128) - kept(64)) / (64 * T)

@@ -10,6 +10,7 @@ import contextlib
 
 import torch
 
+from psn_train.plan.agree import check_all_ask, gathered, of_main_process
 from psn_train.plan.hardware import GIB
 from psn_train.plan.memory import estimate, largest_micro_batch, resident_bytes
 from psn_train.recipe import Plan, PlanError, Recipe, make_plan
@@ -66,37 +67,13 @@ def settle_micro_batch(recipe: Recipe, num_classes: int, splits: Splits, acceler
             number.
     """
     bound = recipe.data.max_batch_per_device
-    memory = device_memory(accelerator.device) if bound == "auto" else None
-    if accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        ranks = gather_object([(bound, memory)])
-        found = [other for other, _ in ranks]
-        # where only some of them ask for auto, the others would not come to the decision
-        if "auto" in found and set(found) != {"auto"}:
-            told = ", ".join(f"{other} on rank {rank}" for rank, other in enumerate(found[:16]))
-            raise ValueError(f"{KEY}: the ranks do not train the same run: {told}. Start all with the same command.")
-        memories = [other for _, other in ranks]
-    else:
-        memories = [memory]
+    ranks = gathered(accelerator, (bound, device_memory(accelerator.device) if bound == "auto" else None))
+    check_all_ask(KEY, [asked for asked, _ in ranks])
+    memories = [memory for _, memory in ranks]
     if bound != "auto":
         return recipe
-    # of the main process, which alone is sure to see the checkpoints
     engine = "ddp" if zero_stage is None else f"zero{zero_stage}"
-    answer = [None]
-    if accelerator.is_main_process:
-        try:
-            answer = [_decide(recipe, num_classes, splits, engine, memories)]
-        except (ValueError, OSError) as error:
-            # the others wait for an answer
-            answer = [("auto", str(error))]
-    if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(answer)
-    settled, text = answer[0]
-    if settled == "auto":
-        raise ValueError(text)
+    settled, text = of_main_process(accelerator, lambda: _decide(recipe, num_classes, splits, engine, memories))
     if accelerator.is_main_process:
         print(f"{KEY}: auto is {settled}, {text}", flush=True)
     return with_bound(recipe, settled)
@@ -104,13 +81,13 @@ def settle_micro_batch(recipe: Recipe, num_classes: int, splits: Splits, acceler
 
 def _decide(
     recipe: Recipe, num_classes: int, splits: Splits, engine: str, memories: list[int | None]
-) -> tuple[int | str | None, str]:
-    """(the bound, where it is from), or ("auto", why there is none)."""
+) -> tuple[int | None, str]:
+    """(the bound, where it is from); ValueError where there is none."""
     saved = last_checkpoint(checkpoints_place(recipe))
     if saved is not None:
         return read_meta(saved)["recipe"]["data"]["max_batch_per_device"], "as at the run's first start"
     if None in memories:
-        return "auto", (
+        raise ValueError(
             f"{KEY}: auto is the largest micro-batch that fits a GPU, and this run trains on a CPU; state a number, or "
             "have `psn plan RECIPE --gpu NAME` name one"
         )
@@ -119,7 +96,7 @@ def _decide(
     layout = {"engine": engine, "devices": len(memories), "resident": resident_bytes(recipe, sum(counts))}
     plan = fitting_plan(recipe, num_classes, samples, limit, layout)
     if plan is None:
-        return "auto", (
+        raise ValueError(
             f"{KEY}: auto found none: not even one sample fits the {limit / GIB:.1f} GiB of a GPU, by estimate; set "
             "model.memory: lean or model.grad_checkpointing: true, or take a GPU with more"
         )
