@@ -109,7 +109,7 @@ def _devices(problems: list[str]) -> Table:
     ]
     table.add_row("processes talk over", ", ".join(backends) or "nothing")
     compiler = shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-    table.add_row("C++ compiler", compiler or "none: precision.compile cannot run on the CPU")
+    table.add_row("C++ compiler", compiler or "none: precision.compile and compiled kernels cannot run on a CPU")
     free = shutil.disk_usage(".").free
     table.add_row("disk here", f"{free / 1e9:.0f} GB free")
     if free < 5e9:
