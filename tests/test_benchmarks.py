@@ -26,6 +26,7 @@ def run(script: str, *arguments) -> str:
 
 
 @needs_recordings
+@pytest.mark.long
 def test_events_beside_their_peers(tmp_path):
     pytest.importorskip("spikingjelly")
     pytest.importorskip("tonic")

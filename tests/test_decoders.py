@@ -80,6 +80,7 @@ def reading(small, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_signals_to_the_group_are_for_the_training_process(reading):
     process, children = reading
     # the resource tracker, the server and two that decode, in groups of their own

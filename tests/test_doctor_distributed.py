@@ -65,6 +65,7 @@ def recipe_file(document: dict, folder: Path, name: str = "small.yaml") -> str:
     return str(folder / name)
 
 
+@pytest.mark.long
 def test_two_equal_processes_are_ready(small, tmp_path):
     """Under `accelerate launch -m psn_train.doctor`, with ZeRO."""
     status, output = doctor(tmp_path, 2, recipe_file(small(), tmp_path), module=True)

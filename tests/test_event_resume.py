@@ -30,7 +30,7 @@ RUNS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["number, mixing", pytest.param("steps of their own", marks=pytest.mark.long)])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(small_events, dot_shards, tmp_path, capsys, name):
     whole = merged(events_document(dot_shards, tmp_path / "whole"), RUNS[name])
     assert train_here(whole) == 0
@@ -49,6 +49,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(small_events, dot_s
 
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_equal_one(small_events, tmp_path):
     """Batch norm frozen: the same batches, losses and weights, but for the order in which floats are added.
 

@@ -50,7 +50,11 @@ FEW = [name for name in NETWORKS if name.endswith(("_sliding_psn", "t_psn", "n_p
 FEW += ["sew_resnet18_psn", "sew_resnet50_psn", "sew_resnext50_32x4d_psn", "sew_wide_resnet50_2_lif", "vgg_snn_lif"]
 
 
-@pytest.mark.parametrize("name", sorted({name for name in FEW if "101" not in name and "152" not in name}))
+NAMES = sorted({name for name in FEW if "101" not in name and "152" not in name})
+
+
+# those that have no small form take seconds each
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] * ("wide" in n)) for n in NAMES])
 def test_logits_of_every_kind_of_network(name):
     small = {} if "wide" in name or "resnext" in name else {"width": 8}
     side = {"vgg": 48, "seq": 32, "cif": 32}.get(name[:3], 64)

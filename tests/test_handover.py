@@ -155,7 +155,7 @@ for batch in make_loader(stream, start=0, stop=len(stream), workers=2, pin_memor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["trainer", "worker"])
+@pytest.mark.parametrize("victim", ["trainer", pytest.param("worker", marks=pytest.mark.long)])
 def test_nothing_is_left_of_a_killed_run(digit_shards, tmp_path, victim):
     import json
 

@@ -85,8 +85,15 @@ def test_two_networks_do_not_share_what_is_compiled(quick):
     assert len(quick) == 2
 
 
-@pytest.mark.parametrize("compile", [True, False])
-@pytest.mark.parametrize(("neuron", "k"), [("masked_psn", 3), ("sliding_psn", 2)])
+@pytest.mark.parametrize(
+    ("neuron", "k", "compile"),
+    [
+        ("masked_psn", 3, False),
+        ("sliding_psn", 2, True),
+        ("sliding_psn", 2, False),
+        pytest.param("masked_psn", 3, True, marks=pytest.mark.long),
+    ],
+)
 def test_frame_by_frame_equals_the_sequence(neuron, k, compile, quick):
     model = trained(neuron=neuron, k=k)
     served = prepare(model, compile=compile)

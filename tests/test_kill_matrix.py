@@ -68,7 +68,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case == "a host" else LONG) for case in CASES])
+@pytest.mark.parametrize("case", [pytest.param(case, marks=LONG) for case in CASES])
 def test_started_again_after_the_loss_of(case, launches, undisturbed):
     run = launches()
     run.start()

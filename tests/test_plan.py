@@ -67,12 +67,36 @@ def test_standing_memory_by_engine():
     assert gpu_memory(UPDATE, engine="ddp", devices=1, ema=False).allowance < ddp["allowance"]
 
 
-def test_largest_micro_batch_is_the_largest():
-    def memory_of(size: int) -> GpuMemory:
-        return GpuMemory(size, *[0.0] * 8, saved=10.0 * size, temporary=0.0, allowance=5.0)
+def recorded(total, looked: list[int], size: int) -> GpuMemory:
+    """The memory of a micro-batch, of which only the total is looked at; its size is noted."""
+    looked.append(size)
+    return GpuMemory(size, *[0.0] * 8, saved=total(size), temporary=0.0, allowance=0.0)
 
-    for limit, expected in ((4.0, 0), (14.9, 0), (15.0, 1), (75.0, 7), (1e9, 64)):
-        assert largest_micro_batch(memory_of, limit, 64) == expected
+
+@pytest.mark.parametrize(
+    "total",
+    [
+        lambda size: 10.0 * size + 5.0,
+        lambda size: 100.0 + max(7.0 * size, 30.0 * size - 400.0),
+        lambda size: float(size**3),
+        lambda size: 100.0 * (size // 10) + 1e-3 * size,
+        lambda size: 0.0 if size < 50 else 1e6,
+    ],
+)
+@pytest.mark.parametrize("most", [1, 2, 64, 1000])
+def test_largest_micro_batch_is_the_largest(total, most):
+    for limit in (-1.0, 4.0, 14.9, 15.0, 75.0, 640.0, 1e4, 1e9):
+        looked = []
+        wanted = max((size for size in range(1, most + 1) if total(size) <= limit), default=0)
+        assert largest_micro_batch(partial(recorded, total, looked), limit, most) == wanted
+        assert len(looked) == len(set(looked)) <= 2 + 3 * most.bit_length()
+
+
+def test_few_sizes_are_looked_at_where_memory_is_a_straight_line():
+    looked = []
+    memory_of = partial(recorded, lambda size: 40.0 * size + 1000.0, looked)
+    assert largest_micro_batch(memory_of, 40.0 * 777 + 1010.0, 4096) == 777
+    assert len(looked) <= 5
 
 
 def test_traffic():

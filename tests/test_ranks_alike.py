@@ -28,6 +28,7 @@ def test_a_rank_with_another_recipe_is_named(small, tmp_path):
     assert "[rank 1] psn: the ranks do not train the same run" in output
 
 
+@pytest.mark.long
 def test_a_rank_that_does_not_see_the_checkpoints_is_named_at_the_start(small, tmp_path):
     document = small("apart", **EXACT, watch={"start_timeout_s": 60, "step_timeout_s": 40})
     patch = RANK_1_HAS.format(words=[f"run_dir={tmp_path / 'elsewhere'}"])

@@ -152,6 +152,7 @@ m.Updater.run = signalled
     assert_same_run(document["run_dir"], reference)
 
 
+@pytest.mark.long
 def test_signal_while_a_slow_disk_is_written_to(small, train_in_child, reference):
     """A checkpoint of the fourth update is being written until the signal has come, and for a while after it."""
     document = small("slow", **STATEFUL)

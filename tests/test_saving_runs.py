@@ -60,6 +60,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(small, monkeypatch):
             assert one[key] == other[key], key
 
 
+@pytest.mark.long
 def test_a_save_that_is_due_waits_for_the_one_before(small, reference, monkeypatch, capsys):
     document, write = small("waiting", checkpoint=EVERY), checkpoint_files.write_tensors
     busy = threading.Lock()

@@ -44,6 +44,7 @@ def bucket(monkeypatch):
     running.stop()
 
 
+@pytest.mark.long
 def test_killed_in_any_request_and_resumed_equals_the_run_on_a_disk(
     bucket, digit_shards, tmp_path, capsys, checked_here
 ):

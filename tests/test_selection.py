@@ -319,7 +319,8 @@ def untouched(tmp_path_factory, digit_shards):
     return document
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_stopped_in_the_test_evaluation_the_next_start_does_it(splitting, train_in_child, untouched, number):
     document = splitting("stopped", optim={"lr": 0.2})
     status, log = train_in_child(document, before=INTERRUPT.format(call=1, number=int(number)))

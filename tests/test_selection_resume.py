@@ -191,7 +191,7 @@ def perfect_at_the_cut(number: int):
         # in mid-epoch, with a best one before it and without
         (8, 2, 1, {}),
         (3, 1, 1, {}),
-        (8, 2, 1, {"select_on": "test", "hold_out": None}),
+        pytest.param(8, 2, 1, {"select_on": "test", "hold_out": None}, marks=pytest.mark.long),
         # at the end of an epoch that is not evaluated otherwise
         (5, 1, 2, {}),
     ],

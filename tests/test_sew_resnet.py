@@ -330,7 +330,7 @@ def test_autocast_trains_with_spikes_in_the_half_type(dtype):
     [
         *(("sew_resnet18", neuron, connect) for neuron in ("psn", "lif") for connect in ("ADD", "AND", "IAND")),
         ("sew_resnext50_32x4d", "psn", "ADD"),
-        ("sew_wide_resnet50_2", "psn", "ADD"),
+        pytest.param("sew_wide_resnet50_2", "psn", "ADD", marks=pytest.mark.long),
     ],
 )
 def test_sew_resnet_equals_spikingjelly(architecture, neuron, connect):

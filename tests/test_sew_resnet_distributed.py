@@ -146,6 +146,7 @@ def results():
         return dict(shared)
 
 
+@pytest.mark.long
 def test_per_step_logits_pass_through_ddp_with_the_right_gradients(results):
     assert set(results) == {0, 1}
     assert all(r["shape"] == (4, 2, 3) and r["same_gradients"] for r in results.values())

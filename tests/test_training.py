@@ -223,6 +223,7 @@ def test_every_part_of_a_recipe_trains_and_is_reproducible(small, changes):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_compiled_trains_as_eager_does(small):
     eager, compiled = small("eager"), small("compiled", precision={"compile": True})
     for document in (eager, compiled):

@@ -176,7 +176,7 @@ def batches_of(cifar10, size: int, side: int = 32):
 RAMP = [min(8 * step / (STEPS - 1), 1.0) for step in range(STEPS)]
 
 
-@pytest.mark.parametrize("neuron", ["psn", "masked_psn", "sliding_psn", "lif"])
+@pytest.mark.parametrize("neuron", ["psn", "masked_psn", "sliding_psn", pytest.param("lif", marks=pytest.mark.long)])
 def test_sequential_network_trains_as_with_spikingjelly(neuron, cifar10, sj):
     torch.manual_seed(0)
     order = {"k": 32} if neuron in ("masked_psn", "sliding_psn") else {}
@@ -192,7 +192,15 @@ def test_sequential_network_trains_as_with_spikingjelly(neuron, cifar10, sj):
 
 
 @pytest.mark.parametrize(
-    ("neuron", "pe"), [("psn", False), ("psn", True), ("masked_psn", False), ("sliding_psn", True), ("lif", False)]
+    ("neuron", "pe"),
+    [
+        ("psn", True),
+        ("masked_psn", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (("psn", False), ("sliding_psn", True), ("lif", False))
+        ),
+    ],
 )
 def test_sew_resnet18_trains_as_with_spikingjelly(neuron, pe, cifar10, sj):
     torch.manual_seed(0)

@@ -87,7 +87,8 @@ HANGS = {
 }
 
 
-@pytest.mark.parametrize("how", ["compute", *(pytest.param(how, marks=LONG) for how in ("stopped", "loader"))])
+@pytest.mark.long
+@pytest.mark.parametrize("how", HANGS)
 def test_a_rank_that_hangs_ends_all_in_time_and_a_new_start_goes_on(how, small, tmp_path, undisturbed):
     module, name, call, does = HANGS[how]
     document = small("hangs", watch=WATCH, **SAVING, data={"workers": 1})
@@ -113,6 +114,7 @@ def test_a_rank_that_hangs_ends_all_in_time_and_a_new_start_goes_on(how, small, 
     assert_same_run(document["run_dir"], undisturbed)
 
 
+@pytest.mark.long
 def test_ranks_end_by_themselves_when_one_and_the_launcher_are_killed(small, tmp_path):
     document = small("orphans", watch=WATCH, **ENDLESS, data={"workers": 1})
     running = launch(document, tmp_path, 2, wait=False)
@@ -143,6 +145,7 @@ def test_a_killed_launcher_stops_its_ranks_as_a_signal_would(small, tmp_path):
     assert [beat.ended for beat in read_heartbeats(Path(document["run_dir"]))] == ["in order", "in order"]
 
 
+@pytest.mark.long
 def test_a_launcher_that_is_killed_while_its_ranks_import(small, tmp_path):
     document = small("early", watch=WATCH, **ENDLESS)
     waits = f"""

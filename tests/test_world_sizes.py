@@ -84,6 +84,7 @@ def assert_same_samples(small, tmp_path, epochs: int, parts: list) -> None:
     assert len(whole) == -SAMPLES * epochs % 24 and {epoch for epoch, _ in whole} <= {epochs}
 
 
+@pytest.mark.long
 def test_from_two_processes_to_three_in_mid_epoch(small, tmp_path):
     assert_same_samples(small, tmp_path, 2, [(2, 4, []), (3, None, [])])
 

@@ -13,6 +13,7 @@ itself has not been measured: the allowances are assumptions, and every report c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -106,12 +107,26 @@ def most_steps(recipe: Recipe) -> int:
 
 
 def largest_micro_batch(memory_of: Callable[[int], GpuMemory], limit: float, most: int) -> int:
-    """The largest micro-batch up to `most` whose total is within `limit` bytes; 0: not even one sample fits."""
-    fits, too_many = 0, most + 1
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        if memory_of(middle).total <= limit:
-            fits = middle
+    """The largest micro-batch up to `most` whose total is within `limit` bytes; 0: not even one sample fits.
+
+    Memory grows with the batch, almost in a straight line: so few sizes are looked at.
+    """
+    totals = {size: memory_of(size).total for size in {1, most}}
+    if totals[most] <= limit:
+        return most
+    if totals[1] > limit:
+        return 0
+    fits, too_many = 1, most
+    for turn in itertools.count(1):
+        if too_many - fits <= 1:
+            break
+        share = (limit - totals[fits]) / (totals[too_many] - totals[fits])
+        # every third time the middle, should it be no straight line
+        share = 0.5 if turn % 3 == 0 else share
+        size = min(max(fits + round(share * (too_many - fits)), fits + 1), too_many - 1)
+        totals[size] = memory_of(size).total
+        if totals[size] <= limit:
+            fits = size
         else:
-            too_many = middle
+            too_many = size
     return fits
