@@ -1,6 +1,6 @@
 # make demo: set up, then shards -> training -> evaluation -> a timm folder on real digits.
-# make test: the same environment, then the tests, but for those that take minutes each.
-# make test-distributed: tests of several processes, hosts, launchers, and a Slurm; those that take minutes, too.
+# make test: the same environment, then the tests, but for those that take long.
+# make test-distributed: tests of several processes, hosts, launchers, and a Slurm; those that take long, too.
 # make docs: the pages of docs/ as a site in site/.
 # make bench: every benchmark beside its peers, half an hour of an idle machine; figures and pictures in benchmarks/results.
 
