@@ -74,6 +74,19 @@ def test_spikes_are_counted_as_a_real_sample_makes_them(small, neuron):
     assert next(model.parameters()).device == CPU
 
 
+@pytest.mark.parametrize(
+    ("model", "counts"),
+    [
+        ({"name": "sew_resnet10_psn", "T": 16}, True),
+        ({"name": "sew_resnet10_psn", "T": 17}, False),
+        ({"name": "sew_resnet10_masked_psn", "T": 32, "k": 8}, True),
+        ({"name": "sew_resnet10_sliding_psn", "T": 32, "k": 32}, False),
+    ],
+)
+def test_neurons_that_are_matrix_products_anyway_do_not_count(small, model, counts):
+    assert bool(auto_kernels.spikes_of_a_sample(*network(small(model=model)))) == counts
+
+
 def test_spikes_of_recordings(small_events):
     recipe, model = network(small_events())
     assert auto_kernels.spikes_of_a_sample(recipe, model) % recipe.model.T == 0

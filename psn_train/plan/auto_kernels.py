@@ -16,6 +16,7 @@ from torch import nn
 from psn_train.neurons import PSN, MaskedPSN, Neuron, SlidingPSN, set_lambda, spiking_neurons
 from psn_train.neurons import kernels as backends
 from psn_train.neurons.gate import check_neuron, coarsen
+from psn_train.neurons.kernels.inductor import writes_out
 from psn_train.plan.agree import check_all_ask, gathered, of_main_process
 from psn_train.plan.memory import most_steps
 from psn_train.recipe import Plan, Recipe
@@ -38,18 +39,20 @@ def with_kernels(recipe: Recipe, kernels: str) -> Recipe:
 
 
 def spikes_of_a_sample(recipe: Recipe, model: nn.Module) -> int:
-    """Outputs of all PSNs, masked and sliding PSNs of the network for one sample, over all steps.
+    """Outputs for one sample, over all steps, of those neurons of the network that compiled kernels are loops for.
 
-    Counted on tensors without data; 0 where the network cannot run on them.
+    The others, PSNs of more than 16 steps, are matrix products with either kernels. Counted on tensors without data; 0
+    where the network cannot run on them.
     """
     shadow = copy.deepcopy(model).to("meta").eval()
     side, channels = recipe.data.image_size, recipe.model.in_chans
     shape = (1, channels, side, side) if recipe.events is None else (most_steps(recipe), 1, channels, side, side)
     found = 0
 
-    def count(_module, _inputs, output) -> None:
+    def count(neuron, _inputs, output) -> None:
         nonlocal found
-        found += output.numel()
+        if writes_out(len(output), getattr(neuron, "k", None)):
+            found += output.numel()
 
     for _, neuron in spiking_neurons(shadow):
         if isinstance(neuron, (PSN, MaskedPSN, SlidingPSN)):

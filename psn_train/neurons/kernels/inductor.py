@@ -92,6 +92,11 @@ def terms(x: Tensor, weight: Tensor, band: int) -> Taps | None:
     return make(plain.steps_out(x, weight), x.shape[0], k, weight.ndim == 1)
 
 
+def writes_out(T: int, k: int | None) -> bool:
+    """Whether a neuron of T steps and order k (None: each step sees all) is a loop, rather than matrix products."""
+    return _terms(T, T, k or 0, False) is not None
+
+
 def _terms(T: int, J: int, k: int, shared: bool) -> Taps | None:
     def place(t: int, j: int) -> int:
         return k - 1 - (t - j) if shared else t * J + j
