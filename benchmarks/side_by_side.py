@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -204,7 +205,7 @@ def draw(result: dict, path: Path) -> None:
         colours = ["#0072B2" if name.startswith("psn_train") else "#999999" for name in names]
         axis.barh(names, bars, xerr=whiskers, color=colours, ecolor="#000000", capsize=2)
         axis.invert_yaxis()
-        axis.set_title(group["title"], fontsize=9)
+        axis.set_title(textwrap.fill(group["title"], 72), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.set_xlabel(group.get("unit", "ms"), fontsize=8)
     for axis in panels[len(groups) :]:

@@ -49,6 +49,18 @@ def test_triangle_and_rectangle_at_alpha_1_are_those_of_the_baselines():
     assert fn.SURROGATES["rectangle"].derivative(h, 1.0).tolist() == [0, 0, 1, 1, 1, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_heaviside_of_every_number_there_is(dtype):
+    nan, inf, tiny = float("nan"), float("inf"), torch.finfo(torch.float32).smallest_normal / 8
+    h = torch.tensor([[nan, -inf, -1.0, -tiny, -0.0], [0.0, tiny, 1.0, inf, nan]])
+    before = h.clone()
+    for view in (h, h.t(), h[:, ::2], h[:, :1].expand(2, 5)):
+        want = torch.where(view >= 0, 1.0, 0.0).to(dtype)
+        spikes = fn.fire(view, dtype=dtype)
+        assert spikes.dtype == dtype and torch.equal(spikes, want)
+    assert torch.equal(h.nan_to_num(7.0), before.nan_to_num(7.0)), "h is needed for the surrogate's slope"
+
+
 def test_heaviside_fires_at_zero_in_the_dtype_asked_for():
     h = torch.tensor([-1e-30, -0.0, 0.0, 1e-30])
     spike = fn.fire(h, dtype=torch.bfloat16)

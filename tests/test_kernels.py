@@ -142,6 +142,7 @@ def test_operators_obey_the_rules_of_torch_library(weight):
     torch.library.opcheck(kernels.psn_backward.op, (torch.randn(4, 9), x.detach(), *detached))
 
 
+@pytest.mark.filterwarnings("error")
 def test_gradients_by_sample_through_torch_func():
     layer, batch = PSN(4), torch.randn(6, 4, 5)
     # it would read a number back

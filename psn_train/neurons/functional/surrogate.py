@@ -57,6 +57,16 @@ def get_surrogate(name: str) -> Surrogate:
     return SURROGATES[name]
 
 
+def heaviside(h: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 where h >= 0, else 0, of `dtype`; 0 where h is NaN. h [...] is left as it is."""
+    # torch.vmap has no rule for the comparison in place
+    inside = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(h)
+    if h.device.type != "cpu" or inside:
+        return (h >= 0).to(dtype)
+    # in place h stays numbers; out of a mask PyTorch makes them one by one, seven times as slow
+    return h.clone().ge_(0).to(dtype)
+
+
 class _Heaviside(torch.autograd.Function):
     """Forward 1 where h >= 0, else 0; backward the derivative of the surrogate's primitive."""
 
@@ -64,7 +74,7 @@ class _Heaviside(torch.autograd.Function):
 
     @staticmethod
     def forward(h: Tensor, surrogate: str, alpha: float, dtype: torch.dtype) -> Tensor:
-        return (h >= 0).to(dtype)
+        return heaviside(h, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

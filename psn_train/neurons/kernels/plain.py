@@ -33,6 +33,11 @@ def blocks(T: int, x: Tensor) -> range:
     return range(0, M, max(1, numbers_at_a_time(T * M) // T) if x.device.type == "cpu" else max(1, M))
 
 
+def fired_(h: Tensor) -> Tensor:
+    """Where h >= 0, as a mask or, in h's own memory, as zeros and ones: a CPU makes numbers of masks one by one."""
+    return h.ge_(0) if h.device.type == "cpu" else h >= 0
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor, band: int) -> Tensor:
     """x [J, M] -> spikes [T, M]."""
     dtype, T = compute_dtype(x, weight), steps_out(x, weight)
@@ -40,8 +45,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, band: int) -> Tensor:
     spikes = x.new_empty(T, x.shape[1])
     for begin in (columns := blocks(T, x)):
         part = slice(begin, begin + columns.step)
-        h = torch.addmm(column, full, x[:, part].to(dtype))
-        spikes[:, part] = h >= 0
+        spikes[:, part] = fired_(torch.addmm(column, full, x[:, part].to(dtype)))
     return spikes
 
 

@@ -35,7 +35,7 @@ def norm_forward(
     T = plain.steps_out(y, weight)
     out = y.new_empty(T, *y.shape[1:])
     for part, _, h in _potentials(y, scale, shift, weight, bias):
-        spikes = (h >= 0).to(y.dtype)
+        spikes = plain.fired_(h).to(y.dtype)
         out[part] = spikes if add is None else add[part] + spikes
     return out
 
