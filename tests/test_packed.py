@@ -14,6 +14,7 @@ from psn_train.models.lean import run_again
 from psn_train.models.packed_layers import Join, SpikeConv2d, set_memory
 from psn_train.models.packed_pools import SpikeAvgPool1d, SpikeAvgPool2d, SpikeMaxPool2d
 from psn_train.neurons import kernels
+from psn_train.neurons.kernels import bits
 from psn_train.neurons.kernels.packing import SPIKES, Levels, can_tell_apart, pack, table
 
 NINTHS = Levels(36, 9)
@@ -45,6 +46,20 @@ def test_nothing_is_lost(backend, shape, dtype):
             back = packed.unpack()
             assert back.dtype == dtype and torch.equal(back, laid)
             assert back.stride() == laid.stride() or min(shape) == 1
+
+
+@pytest.mark.parametrize("half", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_byte_is_made_as_bit_by_bit(dtype, half):
+    """Eight spikes a byte by a matrix product, autocast or not; and whole numbers."""
+    numbers = torch.arange(256)
+    planes = torch.stack([(numbers >> place) & 1 for place in range(8)])
+    spikes = planes.to(dtype).flatten()
+    with torch.autocast("cpu", half or torch.bfloat16, enabled=half is not None):
+        made = bits.pack_zeros_and_ones(spikes)
+    assert torch.equal(made, numbers.to(torch.uint8))
+    assert torch.equal(made, bits.pack_bits(spikes.view(1, -1))[0])
+    assert torch.equal(bits.to_bytes(numbers.to(dtype)), numbers.to(torch.uint8))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from psn_train.neurons.layout import no_autocast
+
 
 def pack_bits(spikes: Tensor) -> Tensor:
     """spikes [T, M] -> uint8 [T, ceil(M / 8)]; a bit is 1 where the spike is not 0, and 0 behind the last of a row."""
@@ -20,6 +22,22 @@ def pack_bits(spikes: Tensor) -> Tensor:
     for place, part in enumerate(spikes.split(max(plane, 1), dim=1)):
         bits[:, : part.shape[1]] |= (part != 0).to(torch.uint8) << place
     return bits
+
+
+def pack_zeros_and_ones(spikes: Tensor) -> Tensor:
+    """`pack_bits` of spikes [8 * plane] that are nothing but 0 and 1: uint8 [plane], by a matrix product.
+
+    Powers of two add up to 255 at most, which every floating type holds. Several times as fast on a CPU.
+    """
+    planes = spikes.view(8, -1)
+    powers = torch.tensor([[1 << place for place in range(8)]], dtype=spikes.dtype, device=spikes.device)
+    with no_autocast(spikes):
+        return to_bytes(torch.mm(powers, planes)[0])
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """Whole numbers from 0 to 255 as uint8; over int16 on a CPU, where PyTorch is five times as fast that way."""
+    return x.to(torch.int16).to(torch.uint8) if x.device.type == "cpu" else x.to(torch.uint8)
 
 
 def unpack_bits(bits: Tensor, M: int, dtype: torch.dtype) -> Tensor:

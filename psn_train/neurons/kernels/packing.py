@@ -111,10 +111,12 @@ def _encode(x: Tensor, levels: Levels, backend: str) -> Tensor:
         M = x.shape[0]
         if compiled and M % 8 == 0:
             return _run(_planes_to_bytes, x.dtype, x.view(8, -1))
+        if backend == "reference" and M % 8 == 0 and x.is_floating_point() and x.device.type == "cpu":
+            return bits.pack_zeros_and_ones(x)
         return _bits_of(backend).pack_bits(x.view(1, M))[0]
     if levels.parts == 1:
-        return _run(_whole, x.dtype, x) if compiled else x.to(torch.uint8)
-    return _run(_rounded, x.dtype, x, levels.parts) if compiled else _rounded()(x, levels.parts)
+        return _run(_whole, x.dtype, x) if compiled else bits.to_bytes(x)
+    return _run(_rounded, x.dtype, x, levels.parts) if compiled else bits.to_bytes((x.float() * levels.parts).round())
 
 
 def _decode(code: Tensor, count: int, levels: Levels, dtype: torch.dtype, backend: str) -> Tensor:
