@@ -126,7 +126,7 @@ class Comparison:
                 "times": ratio,
             }
         self.console.print(table)
-        self.result["groups"].append(group)
+        self._keep(group)
         return found
 
     def amounts(
@@ -159,7 +159,16 @@ class Comparison:
             table.add_row(name, f"{value:.4g}", f"{ratio:.3f}", *told)
             group["jobs"][name] = {"amount": value, "times": ratio, "aim": aim, "met": met}
         self.console.print(table)
+        self._keep(group)
+
+    def _keep(self, group: dict) -> None:
+        """Into the folder's files at once: a run that is ended early has what it measured."""
         self.result["groups"].append(group)
+        if self.options.out is not None:
+            self.options.out.mkdir(parents=True, exist_ok=True)
+            path = self.options.out / f"{self.name}.json"
+            path.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+            draw(self.result, path.with_suffix(".png"))
 
     def finish(self) -> None:
         """The folder's files, then the JSON line."""
@@ -167,10 +176,9 @@ class Comparison:
         spread = "spread: between the quartiles, of the median; " if timed else ""
         self.say(f"{spread}times: of that of {self._bases()}")
         if self.options.out is not None:
-            self.options.out.mkdir(parents=True, exist_ok=True)
+            # again, with what was noted since
             path = self.options.out / f"{self.name}.json"
             path.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
-            draw(self.result, path.with_suffix(".png"))
             self.say(f"{path.with_suffix('.png')}, {path}")
         print(json.dumps(self.result))
 

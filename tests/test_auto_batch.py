@@ -131,6 +131,7 @@ m.device_memory = lambda device: {sizes!r}[int(os.environ["RANK"])]
 
 @pytest.mark.distributed
 @pytest.mark.slow
+@pytest.mark.long
 def test_ranks_agree_on_the_smallest_device(small, tmp_path):
     document = small("two", **EXACT)
     document["data"]["max_batch_per_device"] = "auto"

@@ -174,6 +174,7 @@ def test_damage_is_counted_where_that_is_allowed(small, folder):
     assert {name.partition(":")[0] for name in bad} <= {f"{shard.name}[2]", f"{shard.name}[7]"}
 
 
+@pytest.mark.long
 def test_a_run_from_a_failing_server_is_that_from_files(small, digit_shards, tmp_path):
     from conftest import assert_same_run
 

@@ -77,6 +77,7 @@ def test_other_networks_keep_their_kernels(quick):
     assert not model.folded and all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.long
 def test_two_networks_do_not_share_what_is_compiled(quick):
     pair = [prepare(trained(width=width)) for width in (8, 4)]
     x = torch.randn(1, 2, 16, 16)

@@ -149,6 +149,7 @@ def on_hosts(commands: list[list[str]], recipe: Path, folder: Path, processes: i
     return output[0]
 
 
+@pytest.mark.long
 def test_two_hosts_of_two_processes_equal_one_process(recipe, tmp_path):
     """By the README's commands; no host knows the other's name, so gloo is told its interface."""
     (one, _), (two, path) = recipe("one"), recipe("two")

@@ -145,6 +145,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(small, refere
     assert_same_run(cut["run_dir"], reference)
 
 
+@pytest.mark.long
 def test_a_run_whose_checkpoints_are_in_a_store(
     small, reference, memory_url, digit_shards, tmp_path, capsys, checked_here
 ):

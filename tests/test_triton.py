@@ -49,6 +49,7 @@ def test_parity_on_a_gpu():
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.long
 def test_kernels_compile_for_gpus_and_fit_into_registers(tmp_path):
     output = in_child(str(HERE / "triton_compile.py"), "80", TRITON_CACHE_DIR=str(tmp_path))
     kernels_seen = [line.split() for line in output.splitlines()]

@@ -241,6 +241,7 @@ m.compute_loss = stuck
     assert status == EXIT_TOLD_TWICE and "told to stop a second time: ends without saving" in output, output
 
 
+@pytest.mark.long
 def test_a_loader_that_is_stuck_ends_a_single_process(small, tmp_path, train_in_child, capfd):
     document = small("stuck", watch=WATCH, data={"workers": 1})
     patch = """
