@@ -14,6 +14,7 @@ from test_distributed import EXACT, launch
 from psn_train.neurons import kernels, spiking_neurons
 from psn_train.neurons.kernels import plain
 from psn_train.plan import auto_kernels
+from psn_train.plan.agree import check_all_ask
 from psn_train.plan.hardware import Cluster
 from psn_train.plan.hours import from_run
 from psn_train.plan.report import make_report
@@ -228,6 +229,13 @@ def test_psn_plan_says_so(small, pays):
     assert asked.memory.saved == plain_report.memory.saved
     zero3 = make_report(recipe, Cluster(memory_gib=80, engine="zero3"))
     assert not [note for note in zero3.notes if "precision.kernels" in note]
+
+
+def test_ranks_that_ask_for_different_kernels_are_refused():
+    check_all_ask(auto_kernels.KEY, ["auto", "auto"])
+    check_all_ask(auto_kernels.KEY, ["compiled", "reference"])  # told where recipes are compared
+    with pytest.raises(ValueError, match=r"precision\.kernels: .* auto on rank 0, compiled on rank 1\. Start all with"):
+        check_all_ask(auto_kernels.KEY, ["auto", "compiled"])
 
 
 WITHOUT_ON_RANK_1 = """
