@@ -231,6 +231,20 @@ def test_psn_plan_says_so(small, pays):
     assert not [note for note in zero3.notes if "precision.kernels" in note]
 
 
+def test_a_run_of_compiled_kernels_does_not_go_on_under_zero_3(small, pays):
+    """Which gathers weights where its hooks are: said before training, as it is of a recipe that asks for them."""
+    pays(1)
+    document = small()
+    recipe, model = network(document)
+    plan = make_plan(recipe, world_size=1, train_samples=150)
+    assert auto_kernels._decide(recipe, model, plan, CPU, 3) == ("auto", False)
+    assert auto_kernels._decide(recipe, model, plan, CPU, 2) == ("compiled", False)
+    assert train_here({**document, "schedule": {**document["schedule"], "stop_after_steps": 4}}) == 0
+    assert auto_kernels._decide(recipe, model, plan, CPU, 2) == ("compiled", True)
+    with pytest.raises(ValueError, match=r"first start, precision\.kernels: compiled .* use ZeRO-2, or reference"):
+        auto_kernels._decide(recipe, model, plan, CPU, 3)
+
+
 def test_ranks_that_ask_for_different_kernels_are_refused():
     check_all_ask(auto_kernels.KEY, ["auto", "auto"])
     check_all_ask(auto_kernels.KEY, ["compiled", "reference"])  # told where recipes are compared

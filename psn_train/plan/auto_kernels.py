@@ -23,6 +23,7 @@ from psn_train.recipe import Plan, Recipe
 from psn_train.training.checkpoint import last_checkpoint, read_meta
 from psn_train.training.runtime import DTYPES
 from psn_train.training.saving import checkpoints_place
+from psn_train.training.zero_config import beyond_the_stage
 
 KEY = "precision.kernels"
 # spikes that one device makes in a run, those that are 0 included, from which compiling pays. On a core a compiled
@@ -139,8 +140,13 @@ def _decide(
     saved = last_checkpoint(checkpoints_place(recipe))
     if saved is not None:
         # runs older than the key were trained by plain PyTorch
-        return read_meta(saved)["recipe"].get("precision", {}).get("kernels", "auto"), True
-    # whose hooks gather weights that are used elsewhere: see zero_config
-    if zero_stage == 3 or not pays(recipe, model, plan, device.type):
+        begun = read_meta(saved)["recipe"].get("precision", {}).get("kernels", "auto")
+        # the engine was checked before this was known
+        if zero_stage is not None and (problems := beyond_the_stage(with_kernels(recipe, begun), zero_stage)):
+            raise ValueError("as at the run's first start, " + "; ".join(problems))
+        return begun, True
+    if zero_stage is not None and beyond_the_stage(with_kernels(recipe, "compiled"), zero_stage):
+        return "auto", False
+    if not pays(recipe, model, plan, device.type):
         return "auto", False
     return "compiled", False
