@@ -218,17 +218,21 @@ def test_each_operation_bin_and_sign_as_often_as_it_should(recipe):
             assert abs(chi_square(counts, [share[v] * len(here) for v in values.tolist()])) < 4, name
 
 
-def test_flips_and_shifts_are_exact(photos, recipe):
-    wanted = recipe(crop="pad", pad=3, hflip=0.5, vflip=0.25, auto_augment=None)
-    ids = np.arange(24) + 7
-    draws = draw(wanted, np.full(24, 2), ids)
-    found = augment_images(photos, draws)
-    assert {draws.top.min(), draws.top.max(), draws.left.min(), draws.left.max()} == {-3, 3}
-    assert draws.hflip.any() and draws.vflip.any() and not draws.hflip.all()
+@pytest.mark.parametrize("vertical", [False, True])
+@pytest.mark.parametrize("pad", [0, 3, 40])
+def test_flips_and_shifts_are_exact(photos, recipe, pad, vertical):
+    wanted = recipe(crop="pad" if pad else "none", pad=pad, hflip=0.5, vflip=0.25 * vertical, auto_augment=None)
+    photos = photos[:, :, : -(photos.shape[-2] // 3)]
+    rows = np.random.default_rng(0).integers(len(photos), size=1000)
+    draws = draw(wanted, np.full(len(rows), 2), np.arange(len(rows)))
+    found = augment_images(photos, draws, rows=rows)
+    assert {draws.top.min(), draws.top.max(), draws.left.min(), draws.left.max()} == {-pad, pad}
+    kinds = {(bool(h), bool(v)) for h, v in zip(draws.hflip, draws.vflip, strict=True)}
+    assert len(kinds) == (4 if vertical else 2)
     height, width = photos.shape[-2:]
-    for i, image in enumerate(photos):
-        top, left = draws.top[i] + 3, draws.left[i] + 3
-        expected = torch.nn.functional.pad(image, (3, 3, 3, 3))[:, top : top + height, left : left + width]
+    for i, row in enumerate(rows):
+        top, left = draws.top[i] + pad, draws.left[i] + pad
+        expected = torch.nn.functional.pad(photos[row], (pad,) * 4)[:, top : top + height, left : left + width]
         expected = expected.flip(-1) if draws.hflip[i] else expected
         expected = expected.flip(-2) if draws.vflip[i] else expected
         assert torch.equal(found[i], expected)

@@ -116,18 +116,9 @@ def augment_images(
     device = images.device
     rows = np.arange(len(draws)) if rows is None else rows
     order = np.argsort(draws.operation, kind="stable")
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    whole = np.stack([rows, draws.top, draws.left, draws.hflip, draws.vflip]).astype(np.int64)[:, order]
-    whole = to_device(np.concatenate([whole, place[None]]), device)
-    images = images.index_select(0, whole[0])
-    if draws.top.any() or draws.left.any():
-        images = _shift(images, whole[1], whole[2])
-    if draws.hflip.any():
-        images = torch.where(whole[3].bool().view(-1, 1, 1, 1), images.flip(-1), images)
-    if draws.vflip.any():
-        images = torch.where(whole[4].bool().view(-1, 1, 1, 1), images.flip(-2), images)
+    images = _crop_and_flip(images, draws, rows, order)
     if not draws.operation.any():
+        # the order by operations is then the images' own
         return images
     parameters = to_device(_parameters(draws, order, tuple(images.shape[1:])), device)
     bounds = np.searchsorted(draws.operation[order], np.arange(len(OPERATIONS) + 1)).tolist()
@@ -145,12 +136,15 @@ def augment_images(
         images[here] &= parameters[here, 0].to(torch.uint8).view(-1, 1, 1, 1)
     if _size(here := part("Solarize")):
         above = images[here] >= parameters[here, 0].view(-1, 1, 1, 1)
-        images[here] = torch.where(above, 255 - images[here], images[here])
+        # all bits turned: 255 - v
+        images[here] ^= above.to(torch.uint8).mul_(255)
     if _size(here := part("AutoContrast")):
         images[here] = _auto_contrast(images[here])
     if _size(here := part("Equalize")):
         images[here] = equalize_image(images[here])
-    return images.index_select(0, whole[5])
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return images.index_select(0, to_device(place, device))
 
 
 def _size(part: slice) -> int:
@@ -199,15 +193,38 @@ def _parameters(draws: Draws, order: np.ndarray, shape: tuple[int, int, int]) ->
     return numbers.astype(np.float32)
 
 
-def _shift(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, C, H, W], each read from (top, left) on, int64 [N] each, with zeros outside the image."""
-    count, channels, height, width = images.shape
-    y = torch.arange(height, device=images.device) + top[:, None]
-    x = torch.arange(width, device=images.device) + left[:, None]
-    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-    flat = y.clamp(0, height - 1)[:, :, None] * width + x.clamp(0, width - 1)[:, None, :]  # [N, H, W]
-    moved = images.flatten(2).gather(2, flat.view(count, 1, -1).expand(-1, channels, -1)).view_as(images)
-    return moved * inside[:, None]
+def _crop_and_flip(images: torch.Tensor, draws: Draws, rows: np.ndarray, order: np.ndarray) -> torch.Tensor:
+    """Images `rows[order]`, cropped and flipped as drawn, with zeros outside the image: uint8 [N, C, H, W], new.
+
+    Images of a kind of flip are brought side by side and flipped at once, with a border of zeros around them. A line of
+    a crop is then as many bytes in a row, somewhere in memory: all lines of all crops are one `index_select`.
+    """
+    device, channels, (height, width) = images.device, images.shape[1], images.shape[2:]
+    # neither, horizontally, both, vertically: each flip is of images that stand side by side
+    kind = np.where(draws.vflip, 3 - draws.hflip, draws.hflip.astype(np.int64))
+    by_kind = np.argsort(kind, kind="stable")
+    ends = np.searchsorted(kind[by_kind], np.arange(5)).tolist()
+    place = np.empty_like(order)
+    place[by_kind] = np.arange(len(order))
+    # a crop of the flipped image lies on the other side
+    top, left = np.where(draws.vflip, -draws.top, draws.top), np.where(draws.hflip, -draws.left, draws.left)
+    border = int(max(np.abs(top).max(initial=0), np.abs(left).max(initial=0)))
+    tall, wide = height + 2 * border, width + 2 * border
+    first = (place * channels * tall + top + border) * wide + left + border
+    sent = to_device(np.stack([rows[by_kind], place[order], first[order]]).astype(np.int64), device)
+    taken = images.index_select(0, sent[0])
+    for begin, end, side in ((ends[1], ends[3], -1), (ends[2], ends[4], -2)):
+        if begin < end:
+            taken[begin:end] = taken[begin:end].flip(side)
+    if not border:
+        return taken.index_select(0, sent[1])
+    bordered = F.pad(taken, (border,) * 4)
+    # [lines, W]: a line begins at each byte
+    lines = bordered.view(-1).as_strided((bordered.numel() - width + 1, width), (1, 1))
+    down = torch.arange(0, height * wide, wide, device=device)
+    planes = torch.arange(0, channels * tall * wide, tall * wide, device=device)
+    starts = sent[2].view(-1, 1, 1) + planes.view(-1, 1) + down  # [N, C, H]
+    return lines.index_select(0, starts.view(-1)).view(taken.shape)
 
 
 def _affine(images: torch.Tensor, theta: torch.Tensor, interpolation: str) -> torch.Tensor:
@@ -216,8 +233,10 @@ def _affine(images: torch.Tensor, theta: torch.Tensor, interpolation: str) -> to
     x = torch.arange(width, dtype=torch.float32, device=images.device) - (0.5 * width - 0.5)
     y = (torch.arange(height, dtype=torch.float32, device=images.device) - (0.5 * height - 0.5)).view(-1, 1)
     a, b, c, d, e, f = theta.view(-1, 6, 1, 1).unbind(1)
+    grid = x.new_empty(len(theta), height, width, 2)
     # products and sums one by one: a matrix product would be at the mercy of tensor cores
-    grid = torch.stack([a * x + b * y + c, d * x + e * y + f], dim=-1)  # [M, H, W, 2]
+    torch.add(a * x + b * y, c, out=grid[..., 0])
+    torch.add(d * x + e * y, f, out=grid[..., 1])
     moved = F.grid_sample(images.to(torch.float32), grid, mode=interpolation, padding_mode="zeros", align_corners=False)
     return moved.round_().to(torch.uint8)
 
