@@ -10,6 +10,7 @@ from torch import nn
 import psn_train  # noqa: F401
 from psn_train.neurons import PSN, MaskedPSN, SlidingPSN, functional, kernels
 from psn_train.neurons.kernels.batch_norm import norm_psn_sequence
+from psn_train.neurons.kernels.norm_operators import norm_statistics
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-5}
 
@@ -145,6 +146,26 @@ def test_hooks_see_what_is_between(layer, monkeypatch):
     assert not layer.joins(nn.BatchNorm2d(3), y)
     spikes = layer(y, norm=norm)
     assert len(seen) == 1 and torch.equal(spikes, layer(seen[0].unflatten(0, (4, 2))))
+
+
+@pytest.mark.parametrize("backend", ["reference", "compiled"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_statistics_of_numbers_far_from_zero_and_from_each_other(dtype, channels_last, backend):
+    """A large mean, one channel that is constant, one with a far number first; axes of 1,056 and of a prime."""
+    for count in (1056, 1039):
+        torch.manual_seed(0)
+        y = torch.randn(4, count, 3) + torch.tensor([300.0, 0.0, -1.0])
+        y[..., 1], y[0, 0, 2] = -7.25, 1e4
+        blocks = y.to(dtype).unsqueeze(3) if channels_last else y.to(dtype).transpose(1, 2).unsqueeze(1).contiguous()
+        mean, var = norm_statistics(blocks, backend)
+        exact = blocks.double().movedim(2, 0).flatten(1)
+        assert mean.dtype == var.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        most = 1e-14 if dtype == torch.float64 else 1e-5
+        off = (mean.double() - exact.mean(1)).abs() / (exact.mean(1).abs() + exact.std(1))
+        assert off.max() < most
+        torch.testing.assert_close(var.double(), exact.var(1, correction=0), rtol=10 * most, atol=0)
+        assert var[1] == 0
 
 
 def test_statistics_of_a_single_value_are_refused_and_spoil_nothing():

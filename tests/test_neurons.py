@@ -303,6 +303,9 @@ def test_wrong_inputs_are_named(name):
         layer(x)
     with pytest.raises(ValueError, match=r"1 of 15 values of x \(3, 5\) are NaN"):
         layer.forward_static(x[2], 4)
+    for half in (torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match=r"1 of 60 values of x_seq \(4, 3, 5\) are NaN"):
+            layer(x.to(half))
     neurons.set_nan_check(layer, "never")
     layer(x)
 

@@ -33,7 +33,7 @@ def spikes(*shape, dtype=torch.float32, rate=0.2, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("shape", [(3, 5, 7, 9), (4, 16, 8, 8), (1, 1, 1, 3), (2, 8, 6)])
+@pytest.mark.parametrize("shape", [(3, 5, 7, 9), (4, 16, 8, 8), (1, 1, 1, 3), (2, 8, 6), (2, 4, 3)])
 def test_nothing_is_lost(backend, shape, dtype):
     fired = spikes(*shape, dtype=dtype)
     sums = fired + spikes(*shape, dtype=dtype, seed=1) + spikes(*shape, dtype=dtype, seed=2)

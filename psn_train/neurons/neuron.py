@@ -168,9 +168,9 @@ class Neuron(nn.Module):
             return
         if x.device.type != "cpu" and self.nan_check != "always":
             return
-        # the sum is one pass without a buffer; only a suspicious sum pays for counting
+        # the sum is one pass without a buffer, as long as it keeps x's type; only a suspicious sum pays for counting
         x = x.detach()
-        if not torch.isfinite(x.sum(dtype=functional.compute_dtype(x))) and (count := int(x.isnan().sum())):
+        if not torch.isfinite(x.sum()) and (count := int(x.isnan().sum())):
             raise ValueError(f"{self._where()}: {count} of {x.numel()} values of {name} {tuple(x.shape)} are NaN")
 
 

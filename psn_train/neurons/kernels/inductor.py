@@ -154,9 +154,10 @@ def gradients_written_out(taps: Taps, surrogate: str, alpha: float) -> Callable[
                 of_x[j].append(flat[place] * grad_h[t])
                 of_weight[place].append((grad_h[t] * rows[j]).sum(-1).sum())
         nothing, none = torch.zeros_like(rows[0]), flat.new_zeros(())
-        grad_x = torch.stack([sum(parts[1:], parts[0]) if parts else nothing for parts in of_x])
+        # each in its type: what is stacked first is written to memory and read again
+        grad_x = torch.stack([(sum(parts[1:], parts[0]) if parts else nothing).to(x.dtype) for parts in of_x])
         grad_weight = torch.stack([sum(parts[1:], parts[0]) if parts else none for parts in of_weight])
         grad_bias = plain.of_bias(torch.stack([part.sum(-1).sum() for part in grad_h]), bias)
-        return grad_x.to(x.dtype), grad_weight.view_as(weight).to(weight.dtype), grad_bias
+        return grad_x, grad_weight.view_as(weight).to(weight.dtype), grad_bias
 
     return psn_backward
