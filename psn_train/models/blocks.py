@@ -13,14 +13,15 @@ from psn_train.models.lean import can_run_again, run_again
 from psn_train.models.packed_layers import Join, SpikeConv1d, SpikeConv2d
 from psn_train.neurons import Neuron
 from psn_train.neurons.kernels.packing import SPIKES, Levels, Packed
+from psn_train.neurons.layout import to_images, to_sequence
 
 
 def per_image(x_seq: Tensor, *layers: nn.Module) -> Tensor:
     """Layers that know nothing of time. [T, N, C, ...] -> [T, N, C', ...]."""
-    y = x_seq.flatten(0, 1)  # [T * N, C, ...]
+    y = to_images(x_seq)  # [T * N, C, ...]
     for layer in layers:
         y = layer(y)
-    return y.unflatten(0, x_seq.shape[:2])
+    return to_sequence(y, x_seq.shape[:2])
 
 
 def conv(in_chans: int, out_chans: int, kernel: int, stride: int = 1, groups: int = 1) -> SpikeConv2d:
@@ -40,7 +41,7 @@ def layer(
     Args:
         packed: what `convolution.pack` made of the images [T * N, C, ...].
     """
-    images = x_seq.flatten(0, 1)  # [T * N, C, ...]
+    images = to_images(x_seq)  # [T * N, C, ...]
     packed = convolution.pack(images) if packed is None else packed
     lean = packed is not None and convolution.memory == "lean"
     modules = (convolution, norm, neuron)
@@ -49,7 +50,7 @@ def layer(
         steps = x_seq.shape[:2]
         spikes = run_again(lambda images: _in_turn(images, packed, steps, *modules), images, packed, modules)
         return spikes if add is None else add + spikes
-    y_seq = convolution(images, packed).unflatten(0, x_seq.shape[:2])
+    y_seq = to_sequence(convolution(images, packed), x_seq.shape[:2])
     again = convolution.again(packed) if lean else None
     if add is None or not neuron._forward_hooks:
         return neuron(y_seq, norm=norm, add=add, again=again)
@@ -58,7 +59,7 @@ def layer(
 
 
 def _in_turn(images, packed, steps, convolution, norm, neuron) -> Tensor:
-    return neuron(convolution(images, packed).unflatten(0, steps), norm=norm)
+    return neuron(to_sequence(convolution(images, packed), steps), norm=norm)
 
 
 class ConvNeuron(nn.Module):
@@ -117,14 +118,14 @@ class Block(nn.Module):
 
     def forward(self, x_seq: Tensor) -> Tensor:
         """[T, N, C, H, W] -> [T, N, C', H', W']."""
-        identity, packed = x_seq, self.conv1.pack(x_seq.flatten(0, 1))
+        identity, packed = x_seq, self.conv1.pack(to_images(x_seq))
         shortcut = packed
         if self.downsample is not None:
             identity, shortcut = layer(x_seq, *self.downsample, self.downsample_sn, packed=packed), None
         if self.join.connect_function == "ADD":
             return self.residual(x_seq, packed, add=identity)
         out = self.residual(x_seq, packed)
-        return self.join(identity.flatten(0, 1), out.flatten(0, 1), shortcut).unflatten(0, x_seq.shape[:2])
+        return to_sequence(self.join(to_images(identity), to_images(out), shortcut), x_seq.shape[:2])
 
 
 class BasicBlock(Block):

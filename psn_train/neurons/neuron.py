@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from psn_train.neurons import functional
 from psn_train.neurons.kernels.batch_norm import Again
+from psn_train.neurons.layout import to_images, to_sequence
 
 STEP_MODES = ("m", "s")
 NAN_CHECKS = ("cpu", "always", "never")
@@ -95,7 +96,7 @@ class Neuron(nn.Module):
             if static_steps is not None:
                 x_seq = norm(x_seq)
             else:
-                x_seq = norm(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])
+                x_seq = to_sequence(norm(to_images(x_seq)), x_seq.shape[:2])
         spikes = self._alone(x_seq, static_steps)
         return spikes if add is None else add + spikes
 
