@@ -7,6 +7,7 @@ which is written for sequences, runs frame by frame.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -171,7 +172,7 @@ class Neuron(nn.Module):
             return
         # the sum is one pass without a buffer, as long as it keeps x's type; only a suspicious sum pays for counting
         x = x.detach()
-        if not torch.isfinite(x.sum()) and (count := int(x.isnan().sum())):
+        if not math.isfinite(x.sum()) and (count := int(x.isnan().sum())):
             raise ValueError(f"{self._where()}: {count} of {x.numel()} values of {name} {tuple(x.shape)} are NaN")
 
 

@@ -150,12 +150,16 @@ def masked_psn_step(
     rows, layout = push(x, queue)
     with no_autocast(x):
         h = torch.addmm(bias.to(dtype).unsqueeze(1), taps.to(dtype), rows.to(dtype))
-    spike = fire(from_rows(h, layout)[0], surrogate, alpha, x.dtype, smooth)
+    spike = fire(from_rows(h, layout)[0], surrogate, alpha, x.dtype, smooth, scratch=True)
     return spike, from_rows(rows, layout)
 
 
 def masked_taps(x: Tensor, t: int | Tensor, k: int, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """What step t of a masked PSN multiplies its queue by, [1, k] of W [T, T], and adds, [1] of B [T]."""
+    if isinstance(t, int) and not torch.compiler.is_compiling():
+        taps = weight.narrow(0, t, 1)[:, max(0, t - k + 1) : t + 1]
+        missing = k - taps.shape[1]  # inputs before the first
+        return F.pad(taps, (missing, 0)) if missing else taps, bias.narrow(0, t, 1)
     t = torch.as_tensor(t, device=x.device).reshape(1)
     taps = F.pad(weight, (k - 1, 0)).index_select(0, t)  # [1, k - 1 + T]; column t + i is W[t, t - k + 1 + i]
     return taps.index_select(1, t + torch.arange(k, device=x.device)), bias.index_select(0, t)
@@ -214,7 +218,8 @@ def sliding_psn_step(
     rows, layout = push(x, queue)
     with no_autocast(x):
         h = torch.addmm(bias.to(dtype).reshape(1, 1), weight.to(dtype).unsqueeze(0), rows.to(dtype))
-    return fire(from_rows(h, layout)[0], surrogate, alpha, x.dtype, smooth), from_rows(rows, layout)
+    spike = fire(from_rows(h, layout)[0], surrogate, alpha, x.dtype, smooth, scratch=True)
+    return spike, from_rows(rows, layout)
 
 
 def new_queue(x: Tensor, k: int) -> Tensor:

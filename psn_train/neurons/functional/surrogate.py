@@ -89,11 +89,31 @@ class _Heaviside(torch.autograd.Function):
 
 
 def fire(
-    h: Tensor, surrogate: str = "atan", alpha: float = 2.0, dtype: torch.dtype | None = None, smooth: bool = False
+    h: Tensor,
+    surrogate: str = "atan",
+    alpha: float = 2.0,
+    dtype: torch.dtype | None = None,
+    smooth: bool = False,
+    *,
+    scratch: bool = False,
 ) -> Tensor:
-    """S = Theta(H), Theta(0) = 1. h [...] -> spikes [...] of `dtype` (default: that of h)."""
+    """S = Theta(H), Theta(0) = 1. h [...] -> spikes [...] of `dtype` (default: that of h).
+
+    scratch: nobody else wants h, which may be written over where no gradient is taken.
+    """
     dtype = dtype or h.dtype
     if smooth:
         return get_surrogate(surrogate).primitive(h, alpha).to(dtype)
     get_surrogate(surrogate)
+    if scratch and not _takes_part(h):
+        return (h.ge_(0) if h.device.type == "cpu" else h >= 0).to(dtype)
     return _Heaviside.apply(h, surrogate, alpha, dtype)
+
+
+def _takes_part(h: Tensor) -> bool:
+    """Whether h is part of a gradient, of a transform of torch.func or of a graph that is being compiled."""
+    return (
+        (h.requires_grad and torch.is_grad_enabled())
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    )
