@@ -102,3 +102,20 @@ def test_other_channels_are_refused_in_words(frames):
     model = make("sew_resnet10_psn")
     with pytest.raises(ValueError, match=r"got an input of shape \(4, 4, 3, 34, 34\), wanted"):
         model(frames[:, :, [0, 1, 1]])
+
+
+def test_a_frame_that_is_alone_stays_channels_last():
+    """What PyTorch no longer tells as such it lays out anew, in the pools and at every join."""
+    model = make("sew_resnet10_sliding_psn", "7x7", k=2).to(memory_format=torch.channels_last).eval()
+    kinds = (torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.AvgPool2d)
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    images = []
+    for module in layers:
+        module.register_forward_hook(lambda _m, inputs, output: images.append((*inputs[:1], output)))
+    with torch.no_grad():
+        model.step(torch.randn(1, 2, 64, 64))
+    assert len(images) == len(layers) > 20
+    inner = [x for x, _ in images[1:]] + [y for _, y in images]
+    assert all(
+        x.stride() == x.contiguous(memory_format=torch.channels_last).stride() for x in inner if x[0, 0].numel() > 1
+    )

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck
 
 from psn_train.neurons import functional as fn
-from psn_train.neurons.layout import from_rows, to_rows
+from psn_train.neurons.layout import from_rows, to_images, to_rows, to_sequence
 
 ALPHAS = {"atan": 2.0, "sigmoid": 4.0, "triangle": 1.0, "rectangle": 1.0}
 
@@ -247,6 +247,19 @@ def test_rows_are_a_view_both_ways(layout):
     assert back.data_ptr() == x.data_ptr() and torch.equal(back, x) and strides(back) == strides(x)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_of_a_sequence_and_back(layout):
+    x = LAYOUTS[layout]()
+    images = to_images(x)
+    assert torch.equal(images, x.flatten(0, 1))
+    assert torch.equal(to_sequence(images, x.shape[:2]), x)
+
+
+def test_an_image_that_is_alone_is_told_as_channels_last():
+    image = torch.randn(1, 5, 6, 7).to(memory_format=torch.channels_last)
+    assert to_images(to_sequence(image, (1, 1))).stride() == image.stride()
+
+
 def test_channels_last_gradients_stay_channels_last():
     x = LAYOUTS["channels_last"]().requires_grad_()
     fn.psn(x, torch.randn(4, 4), torch.randn(4)).sum().backward()
@@ -258,6 +271,35 @@ def test_other_strides_are_taken_too(make):
     x = make(torch.randn(4, 3, 5, 6, 7))
     w, b = torch.randn(x.shape[0], x.shape[0]), torch.randn(x.shape[0])
     assert torch.equal(fn.psn(x, w, b), fn.psn(x.contiguous(), w, b))
+
+
+# ---- steps
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_taps_of_a_step_by_a_number_and_by_a_tensor(k):
+    w, b, x = torch.randn(4, 4), torch.randn(4), torch.randn(3)
+    for t in range(4):
+        taps, bias = fn.masked_taps(x, t, k, w, b)
+        other_taps, other_bias = fn.masked_taps(x, torch.tensor(t), k, w, b)
+        assert taps.shape == (1, k) and torch.equal(taps, other_taps) and torch.equal(bias, other_bias)
+    with pytest.raises(RuntimeError):
+        fn.masked_taps(x, 4, k, w, b)
+
+
+def test_steps_without_gradients_write_over_nothing_that_is_kept():
+    w, b, x, queue = torch.randn(4, 4), torch.randn(4), torch.randn(50), torch.randn(2, 50)
+    before = x.clone(), queue.clone()
+    for step in (
+        lambda: fn.masked_psn_step(x, 2, queue, w.requires_grad_(), b),
+        lambda: fn.sliding_psn_step(x, queue, w[0, :2].requires_grad_(), b[0]),
+    ):
+        spikes, after = step()
+        with torch.no_grad():
+            bare, bare_after = step()
+        assert spikes.requires_grad and torch.equal(bare, spikes)
+        assert torch.equal(after, torch.stack([before[1][1], x])) and torch.equal(bare_after, after)
+    assert torch.equal(x, before[0]) and torch.equal(queue, before[1])
 
 
 # ---- precision

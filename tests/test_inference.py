@@ -3,14 +3,19 @@
 The graphs are compiled by "aot_eager", which runs them as PyTorch does, unless Inductor itself is the question.
 """
 
+import copy
+import pickle
+
 import foreign_networks as foreign
 import pytest
 import timm
 import torch
 
 from psn_train.models.conv_net import SequentialNet
-from psn_train.models.folding import fold_batch_norm
+from psn_train.models.folding import at_rest, fold_batch_norm
 from psn_train.models.inference import InferenceNetwork, prepare
+from psn_train.models.packed_layers import SpikeConv2d
+from psn_train.models.prepacked import PrepackedConv2d
 from psn_train.models.sew_resnet import SEWResNet
 from psn_train.neurons import Neuron, reset, set_lambda, spiking_neurons
 from psn_train.neurons.kernels import backends
@@ -112,6 +117,48 @@ def test_frame_by_frame_equals_the_sequence(neuron, k, compile, quick):
     torch.testing.assert_close(torch.stack([first, served.step(frames[1])]), want[:2])
     served.reset()
     torch.testing.assert_close(served.step(frames[0, :1]), want[0, :1])
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN lays out nothing")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_stay_laid_out_change_no_bit(dtype):
+    served = prepare(trained(neuron="sliding_psn").float(), dtype=dtype, compile=False)
+    folded = at_rest(served.network)
+    for module in folded.modules():
+        if isinstance(module, PrepackedConv2d):
+            module.__class__ = SpikeConv2d
+    convolutions = [module for module in served.network.modules() if isinstance(module, PrepackedConv2d)]
+    assert convolutions and all(conv._kept is None for conv in convolutions)
+    for batch in (2, 2, 3, 2):
+        frames = torch.randn(4, batch, 2, 16, 16).to(dtype)
+        with torch.no_grad():
+            want = torch.stack([folded.step(frame) for frame in frames]).float()
+        assert torch.equal(torch.stack([served.step(frame) for frame in frames]), want)
+        assert all(conv._kept[0].shape[0] == batch for conv in convolutions)
+        assert any(conv._kept[1] is not None for conv in convolutions)
+        served.reset()
+        folded.reset()
+    # other weights
+    with torch.no_grad():
+        for network in (served.network, folded):
+            network.layer1[0].conv2.weight.mul_(-1)
+        assert torch.equal(served(frames), folded(frames).float())
+        assert torch.equal(served.step(frames[0]), folded.step(frames[0]).float())
+    # gradients, copies, files
+    x = frames.clone().requires_grad_()
+    served.reset()
+    copies = copy.deepcopy(served.network), pickle.loads(pickle.dumps(served.network))
+    grads = [torch.autograd.grad(network(x).sum(), x)[0] for network in (folded, served.network, *copies)]
+    assert grads[0].any() and all(torch.equal(grad, grads[0]) for grad in grads[1:])
+
+
+@pytest.mark.parametrize("changes", [{"channels_last": False}, {"dtype": torch.float64}])
+def test_weights_are_laid_out_only_for_onednn(changes):
+    served = prepare(trained(neuron="sliding_psn").float(), compile=False, **changes)
+    for _ in range(3):
+        served.step(torch.randn(2, 2, 16, 16))
+    modules = [module for module in served.network.modules() if isinstance(module, PrepackedConv2d)]
+    assert all(module._kept[1] is None for module in modules)
 
 
 def test_columns_of_an_image_one_by_one(quick):

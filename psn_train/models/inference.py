@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from psn_train.models.folding import at_rest, fold_batch_norm
 from psn_train.models.network import SpikingNetwork
+from psn_train.models.prepacked import prepack
 from psn_train.neurons import PSN, MaskedPSN, Neuron, SlidingPSN, spiking_neurons
 
 _numbers = itertools.count()
@@ -35,7 +36,8 @@ def prepare(
         model: in eval mode; folded already, or not.
         dtype: of convolutions and linear layers, and so of what flows between them; None: as it is. Neurons keep the
             type of their parameters and compute in float32 at least.
-        channels_last: of two-dimensional convolutions.
+        channels_last: of two-dimensional convolutions. On a CPU, not compiled, their weights are kept a second time, as
+            oneDNN wants them, from the second call with images of a shape on.
         compile: as one graph by torch.compile, at the first call with images of a shape; on a CPU that takes minutes.
         cuda_graph: replay the compiled graph's kernels in one launch; None: on a GPU, where it is compiled.
 
@@ -57,6 +59,8 @@ def prepare(
         _cast(network, dtype)
     if channels_last:
         network.to(memory_format=torch.channels_last)
+        if device.type == "cpu" and not compile:
+            prepack(network)
     return InferenceNetwork(network, compile, graph)
 
 
