@@ -11,7 +11,7 @@ from torch import Tensor
 def to_images(x_seq: Tensor) -> Tensor:
     """[T, N, ...] -> [T * N, ...], for layers that know nothing of time; a view where there is one."""
     # flatten gives an image that is alone a stride by which PyTorch no longer tells channels_last
-    return x_seq[0] if x_seq.shape[0] == 1 else x_seq.flatten(0, 1)
+    return x_seq.squeeze(0) if x_seq.shape[0] == 1 else x_seq.flatten(0, 1)
 
 
 def to_sequence(images: Tensor, steps: Sequence[int]) -> Tensor:
