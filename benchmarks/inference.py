@@ -74,8 +74,9 @@ class Ways:
         add("SpikingJelly", lambda x: theirs(repeated(x, self.T)).mean(0))
         add(f"timm resnet18, batch {self.T} N", copy.deepcopy(ann).to(**last))
         if compiled:
-            mode = "reduce-overhead" if device.type == "cuda" else "default"
-            make = partial(torch.compile, mode=mode, dynamic=False)
+            # as `prepare` does: weights are constants on a CPU, laid out once
+            how = {"mode": "reduce-overhead"} if device.type == "cuda" else {"options": {"freezing": True}}
+            make = partial(torch.compile, dynamic=False, **how)
             add("psn_train, folded, compiled", prepare(ours, dtype=kind), False)
             their_graph = make(lambda x: theirs(repeated(x, self.T)).mean(0))
             add("SpikingJelly, compiled", their_graph)

@@ -38,8 +38,8 @@ def quick(monkeypatch):
         graphs.append(graph)
         return graph
 
-    def compile(function, *, fullgraph, dynamic, mode):
-        assert fullgraph and mode == "default"
+    def compile(function, *, fullgraph, dynamic, options):
+        assert fullgraph and options == {"freezing": True}
         return compiled(function, fullgraph=True, dynamic=dynamic, backend=backend)
 
     monkeypatch.setattr(torch, "compile", compile)
@@ -72,6 +72,12 @@ def test_one_graph_with_the_networks_logits(neuron, quick):
     assert not any("batch_norm" in target or "psn_train" in target for target in targets)
     torch.testing.assert_close(served(x), want.mean(0))
     assert len(quick) == 2
+    # they are constants of Inductor's graph
+    with torch.no_grad():
+        served.network.fc.bias.add_(1)
+    torch.testing.assert_close(served(x), want.mean(0) + 1)
+    torch.testing.assert_close(served(x), want.mean(0) + 1)
+    assert len(quick) == 3
 
 
 def test_other_networks_keep_their_kernels(quick):
@@ -191,6 +197,12 @@ def test_compiled_by_inductor(neuron):
     model = trained(neuron=neuron)
     x = torch.randn(2, 2, 16, 16, dtype=torch.double)
     served = prepare(model)
+    with torch.no_grad():
+        torch.testing.assert_close(served(x, per_step=True), model(x, per_step=True))
+    state = served.network.state_dict()
+    changed = model.state_dict()["fc.weight"] * 2
+    served.network.load_state_dict({**state, "fc.weight": changed})
+    model.fc.weight.data.copy_(changed)
     with torch.no_grad():
         torch.testing.assert_close(served(x, per_step=True), model(x, per_step=True))
     if neuron == "sliding_psn":

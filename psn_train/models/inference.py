@@ -38,7 +38,8 @@ def prepare(
             type of their parameters and compute in float32 at least.
         channels_last: of two-dimensional convolutions. On a CPU, not compiled, their weights are kept a second time, as
             oneDNN wants them, from the second call with images of a shape on.
-        compile: as one graph by torch.compile, at the first call with images of a shape; on a CPU that takes minutes.
+        compile: as one graph by torch.compile, at the first call with images of a shape; on a CPU that takes minutes, and
+            weights become constants of the graph, which is made anew where `network`'s weights are changed.
         cuda_graph: replay the compiled graph's kernels in one launch; None: on a GPU, where it is compiled.
 
     Raises:
@@ -85,15 +86,21 @@ class InferenceNetwork:
         parameter = next(p for name, p in network.named_parameters() if name.endswith("weight") and p.ndim > 2)
         self.device, self.dtype = parameter.device, parameter.dtype
         self._neurons = [neuron for _, neuron in spiking_neurons(network)]
+        # each module's own, since to go through all modules takes a while
+        self._held = [held for module in network.modules() for held in (module._parameters, module._buffers) if held]
         self._forward, self._advance = self._whole_sequence, self._next_step
         if compiled:
             for neuron in self._neurons:
                 # other neurons have one way to be computed
                 if isinstance(neuron, (PSN, MaskedPSN, SlidingPSN)):
                     neuron.backend = "compiled"
-            self._forward = self._compile(self._whole_sequence)
-            self._advance = self._compile(self._next_step)
+            self._compile_all()
         self._forget()
+
+    def _compile_all(self) -> None:
+        self._weights = self._versions()
+        self._forward = self._compile(self._whole_sequence)
+        self._advance = self._compile(self._next_step)
 
     def _compile(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(*arguments) -> Tensor:
@@ -102,8 +109,22 @@ class InferenceNetwork:
         # torch keeps what it compiled by code object: shared by all networks, each would search the others' at every
         # call, and beyond eight none would be compiled
         run.__code__ = run.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
-        mode = "reduce-overhead" if self.graph else "default"
-        return torch.compile(run, fullgraph=True, dynamic=False, mode=mode)
+        if self.device.type == "cpu":
+            # weights are constants, laid out once as oneDNN wants them
+            how = {"options": {"freezing": True}}
+        else:
+            how = {"mode": "reduce-overhead" if self.graph else "default"}
+        return torch.compile(run, fullgraph=True, dynamic=False, **how)
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """What changes with the network's numbers, unless they are written through `.data`."""
+        tensors = (tensor for held in self._held for tensor in held.values() if tensor is not None)
+        return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+    def _see_weights(self) -> None:
+        """Compile anew where weights are others than those that are constants of the compiled code."""
+        if self.compiled and self.device.type == "cpu" and self._versions() != self._weights:
+            self._compile_all()
 
     def __call__(self, x: Tensor, per_step: bool = False) -> Tensor:
         """Images [N, C, H, W] or frames [T, N, C, H, W], of any floating type -> logits [N, K], or [T, N, K].
@@ -111,6 +132,7 @@ class InferenceNetwork:
         float32, or float64 of a network in float64.
         """
         self.network.check_input(x)
+        self._see_weights()
         with torch.no_grad():
             return self._result(self._forward(self._placed(x), per_step))
 
@@ -127,6 +149,7 @@ class InferenceNetwork:
                 return self._result(network.step(self._placed(frame)))
         network._check_frame(frame)
         self._check_step(frame)
+        self._see_weights()
         with torch.no_grad():
             frame = self._placed(frame)
             if self._queues is None:
