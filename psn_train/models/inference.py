@@ -38,8 +38,8 @@ def prepare(
             type of their parameters and compute in float32 at least.
         channels_last: of two-dimensional convolutions. On a CPU, not compiled, their weights are kept a second time, as
             oneDNN wants them, from the second call with images of a shape on.
-        compile: as one graph by torch.compile, at the first call with images of a shape; on a CPU that takes minutes, and
-            weights become constants of the graph, which is made anew where `network`'s weights are changed.
+        compile: as one graph by torch.compile, at the first call with images of a shape; on a CPU that takes minutes,
+            and weights become constants of the graph, which is made anew where `network`'s weights are changed.
         cuda_graph: replay the compiled graph's kernels in one launch; None: on a GPU, where it is compiled.
 
     Raises:
