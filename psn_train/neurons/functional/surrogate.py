@@ -30,9 +30,10 @@ def _sigmoid_derivative(h: Tensor, alpha: float) -> Tensor:
 
 
 def _atan_derivative(h: Tensor, alpha: float) -> Tensor:
-    # in one piece of memory, but for what a second derivative wants to have kept; the numbers are the same
-    total = ((math.pi / 2 * alpha) * h).square_().add_(1.0)
-    return (alpha / 2) / total if torch.is_grad_enabled() else total.reciprocal_().mul_(alpha / 2)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return (alpha / 2) / (1.0 + ((math.pi / 2 * alpha) * h).square())
+    # the same numbers, in one piece of memory; a second derivative wants more of them, and Inductor none
+    return ((math.pi / 2 * alpha) * h).square_().add_(1.0).reciprocal_().mul_(alpha / 2)
 
 
 SURROGATES: dict[str, Surrogate] = {
