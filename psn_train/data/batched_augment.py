@@ -29,7 +29,7 @@ from psn_train.recipe import Recipe
 
 __all__ = ["MAGNITUDE_BINS", "OPERATIONS", "Draws", "augment_images", "draw", "to_device"]
 
-# torchvision's order; the operations of one kernel stand side by side
+# torchvision's order
 OPERATIONS = (
     "Identity",
     *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
@@ -37,6 +37,9 @@ OPERATIONS = (
     *("Posterize", "Solarize", "AutoContrast", "Equalize"),
 )
 MAGNITUDE_BINS = 31
+# the order in which images are worked on: those of one kernel stand side by side
+_RANKED = ("Identity", "TranslateX", "TranslateY", "ShearX", "ShearY", "Rotate", *OPERATIONS[6:])
+_RANK = np.array([_RANKED.index(name) for name in OPERATIONS])
 
 _PURPOSE = 0xA16
 # which of a sample's random numbers decides what; to be added to at the end only
@@ -115,22 +118,29 @@ def augment_images(
     """
     device = images.device
     rows = np.arange(len(draws)) if rows is None else rows
-    order = np.argsort(draws.operation, kind="stable")
+    rank = _RANK[draws.operation]
+    order = np.argsort(rank, kind="stable")
     images = _crop_and_flip(images, draws, rows, order)
     if not draws.operation.any():
         # the order by operations is then the images' own
         return images
     parameters = to_device(_parameters(draws, order, tuple(images.shape[1:])), device)
-    bounds = np.searchsorted(draws.operation[order], np.arange(len(OPERATIONS) + 1)).tolist()
+    bounds = np.searchsorted(rank[order], np.arange(len(_RANKED) + 1)).tolist()
 
     def part(first: str, last: str | None = None) -> slice:
         """Where the images of an operation stand, or those of all operations from `first` to `last`."""
-        return slice(bounds[OPERATIONS.index(first)], bounds[OPERATIONS.index(last or first) + 1])
+        return slice(bounds[_RANKED.index(first)], bounds[_RANKED.index(last or first) + 1])
 
+    for name in ("TranslateX", "TranslateY"):
+        if count := _size(here := part(name)):
+            # whole pixels, as torchvision has it: nothing is interpolated
+            begin, still = -np.trunc(draws.magnitude[order][here]).astype(np.int64), np.zeros(count, np.int64)
+            top, left = (still, begin) if name == "TranslateX" else (begin, still)
+            images[here] = _read(images[here], np.arange(count), top, left)
     if _size(affine := part("ShearX", "Rotate")):
         images[affine] = _affine(images[affine], parameters[affine], interpolation)
     if _size(blended := part("Brightness", "Sharpness")):
-        others = [(name, _size(part(name))) for name in OPERATIONS[6:10]]
+        others = [(name, _size(part(name))) for name in _RANKED[6:10]]
         images[blended] = _blend(images[blended], _blend_partners(images[blended], others), parameters[blended])
     if _size(here := part("Posterize")):
         images[here] &= parameters[here, 0].to(torch.uint8).view(-1, 1, 1, 1)
@@ -171,10 +181,6 @@ def _parameters(draws: Draws, order: np.ndarray, shape: tuple[int, int, int]) ->
     numbers[here, 1], numbers[here, 2] = magnitude[here], magnitude[here] * 0.5 * height
     here = where("ShearY")
     numbers[here, 3], numbers[here, 5] = magnitude[here], magnitude[here] * 0.5 * width
-    here = where("TranslateX")
-    numbers[here, 2] = -np.trunc(magnitude[here])
-    here = where("TranslateY")
-    numbers[here, 5] = -np.trunc(magnitude[here])
     here = where("Rotate")
     angle = np.radians(magnitude[here])
     numbers[here, 0] = numbers[here, 4] = np.cos(angle)
@@ -194,37 +200,43 @@ def _parameters(draws: Draws, order: np.ndarray, shape: tuple[int, int, int]) ->
 
 
 def _crop_and_flip(images: torch.Tensor, draws: Draws, rows: np.ndarray, order: np.ndarray) -> torch.Tensor:
-    """Images `rows[order]`, cropped and flipped as drawn, with zeros outside the image: uint8 [N, C, H, W], new.
-
-    Images of a kind of flip are brought side by side and flipped at once, with a border of zeros around them. A line of
-    a crop is then as many bytes in a row, somewhere in memory: all lines of all crops are one `index_select`.
-    """
-    device, channels, (height, width) = images.device, images.shape[1], images.shape[2:]
-    # neither, horizontally, both, vertically: each flip is of images that stand side by side
+    """Images `rows[order]`, cropped and flipped as drawn, with zeros outside the image: uint8 [N, C, H, W], new."""
+    # neither, horizontally, both, vertically: the images of each flip stand side by side
     kind = np.where(draws.vflip, 3 - draws.hflip, draws.hflip.astype(np.int64))
     by_kind = np.argsort(kind, kind="stable")
     ends = np.searchsorted(kind[by_kind], np.arange(5)).tolist()
     place = np.empty_like(order)
     place[by_kind] = np.arange(len(order))
-    # a crop of the flipped image lies on the other side
-    top, left = np.where(draws.vflip, -draws.top, draws.top), np.where(draws.hflip, -draws.left, draws.left)
-    border = int(max(np.abs(top).max(initial=0), np.abs(left).max(initial=0)))
-    tall, wide = height + 2 * border, width + 2 * border
-    first = (place * channels * tall + top + border) * wide + left + border
-    sent = to_device(np.stack([rows[by_kind], place[order], first[order]]).astype(np.int64), device)
-    taken = images.index_select(0, sent[0])
+    taken = images.index_select(0, to_device(rows[by_kind], images.device))
     for begin, end, side in ((ends[1], ends[3], -1), (ends[2], ends[4], -2)):
         if begin < end:
             taken[begin:end] = taken[begin:end].flip(side)
-    if not border:
-        return taken.index_select(0, sent[1])
-    bordered = F.pad(taken, (border,) * 4)
+    # a crop of the flipped image lies on the other side
+    top, left = np.where(draws.vflip, -draws.top, draws.top), np.where(draws.hflip, -draws.left, draws.left)
+    return _read(taken, place[order], top[order], left[order])
+
+
+def _read(images: torch.Tensor, rows: np.ndarray, top: np.ndarray, left: np.ndarray) -> torch.Tensor:
+    """Images `rows` [N], each read from its (top, left) on, with zeros outside: uint8 [N, C, H, W], new.
+
+    With a border of zeros around the images, a line of one is as many bytes in a row, somewhere in memory: all lines
+    are one `index_select`.
+    """
+    device, channels, (height, width) = images.device, images.shape[1], images.shape[2:]
+    # all that is further off is zeros, too
+    top, left = top.clip(-height, height), left.clip(-width, width)
+    above, beside = (int(np.abs(number).max(initial=0)) for number in (top, left))
+    if not above and not beside:
+        return images.index_select(0, to_device(rows, device))
+    bordered = F.pad(images, (beside, beside, above, above))
+    tall, wide = bordered.shape[2:]
     # [lines, W]: a line begins at each byte
     lines = bordered.view(-1).as_strided((bordered.numel() - width + 1, width), (1, 1))
-    down = torch.arange(0, height * wide, wide, device=device)
+    first = to_device((rows * channels * tall + top + above) * wide + left + beside, device)
     planes = torch.arange(0, channels * tall * wide, tall * wide, device=device)
-    starts = sent[2].view(-1, 1, 1) + planes.view(-1, 1) + down  # [N, C, H]
-    return lines.index_select(0, starts.view(-1)).view(taken.shape)
+    down = torch.arange(0, height * wide, wide, device=device)
+    starts = first.view(-1, 1, 1) + planes.view(-1, 1) + down  # [N, C, H]
+    return lines.index_select(0, starts.view(-1)).view(len(rows), *images.shape[1:])
 
 
 def _affine(images: torch.Tensor, theta: torch.Tensor, interpolation: str) -> torch.Tensor:

@@ -178,4 +178,4 @@ class Normalizer:
         self.std = torch.tensor(std, dtype=torch.float32, device=device).mul_(255).view(1, -1, 1, 1)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return (images.to(torch.float32) - self.mean) / self.std
+        return (images.to(torch.float32) - self.mean).div_(self.std)

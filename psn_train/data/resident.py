@@ -128,7 +128,7 @@ class ResidentTrainStream(TrainStream):
         batches, end = [], 0
         for epochs, ids in positions:
             here = slice(end, end := end + len(ids))
-            keys = [resident.keys[row] for row in rows[here].tolist()]
+            keys = list(map(resident.keys.__getitem__, rows[here].tolist()))
             bad = [resident.bad[sample_id] for sample_id in ids[resident.unreadable[ids]].tolist()]
             batches.append(Batch(images[here], targets[here], ids, epochs, keys, bad))
         return batches
