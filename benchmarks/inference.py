@@ -63,7 +63,9 @@ class Ways:
 
         def add(name: str, call: Callable[[Tensor], Tensor], autocast: bool = True) -> None:
             def run(x: Tensor) -> Tensor:
-                with torch.no_grad(), half() if autocast else contextlib.nullcontext():
+                # as `prepare` does: weights are constants of what is compiled for a CPU, laid out once
+                freezing = torch._inductor.config.patch(freezing=device.type == "cpu")
+                with torch.no_grad(), freezing, half() if autocast else contextlib.nullcontext():
                     return call(x)
 
             self.calls[name] = run
@@ -74,9 +76,8 @@ class Ways:
         add("SpikingJelly", lambda x: theirs(repeated(x, self.T)).mean(0))
         add(f"timm resnet18, batch {self.T} N", copy.deepcopy(ann).to(**last))
         if compiled:
-            # as `prepare` does: weights are constants on a CPU, laid out once
-            how = {"mode": "reduce-overhead"} if device.type == "cuda" else {"options": {"freezing": True}}
-            make = partial(torch.compile, dynamic=False, **how)
+            mode = "reduce-overhead" if device.type == "cuda" else "default"
+            make = partial(torch.compile, mode=mode, dynamic=False)
             add("psn_train, folded, compiled", prepare(ours, dtype=kind), False)
             their_graph = make(lambda x: theirs(repeated(x, self.T)).mean(0))
             add("SpikingJelly, compiled", their_graph)

@@ -7,8 +7,9 @@ What is prepared is a copy: training, other networks and the choice of kernels f
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -109,12 +110,23 @@ class InferenceNetwork:
         # torch keeps what it compiled by code object: shared by all networks, each would search the others' at every
         # call, and beyond eight none would be compiled
         run.__code__ = run.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
-        if self.device.type == "cpu":
-            # weights are constants, laid out once as oneDNN wants them
-            how = {"options": {"freezing": True}}
-        else:
-            how = {"mode": "reduce-overhead" if self.graph else "default"}
-        return torch.compile(run, fullgraph=True, dynamic=False, **how)
+        mode = "reduce-overhead" if self.graph else "default"
+        return torch.compile(run, fullgraph=True, dynamic=False, mode=mode)
+
+    @contextlib.contextmanager
+    def _settings(self) -> Iterator[None]:
+        """What a call is made in. On a CPU compiled code has weights as constants, laid out once as oneDNN wants them.
+
+        As an option of torch.compile, freezing would come too late: Dynamo asks for it, too, and at the first call.
+        """
+        constants = contextlib.nullcontext()
+        # oneDNN knows no float64
+        if self.compiled and self.device.type == "cpu" and self.dtype != torch.float64:
+            from torch._inductor import config
+
+            constants = config.patch(freezing=True)
+        with torch.no_grad(), constants:
+            yield
 
     def _versions(self) -> list[tuple[int, int]]:
         """What changes with the network's numbers, unless they are written through `.data`."""
@@ -133,7 +145,7 @@ class InferenceNetwork:
         """
         self.network.check_input(x)
         self._see_weights()
-        with torch.no_grad():
+        with self._settings():
             return self._result(self._forward(self._placed(x), per_step))
 
     def step(self, frame: Tensor) -> Tensor:
@@ -150,7 +162,7 @@ class InferenceNetwork:
         network._check_frame(frame)
         self._check_step(frame)
         self._see_weights()
-        with torch.no_grad():
+        with self._settings():
             frame = self._placed(frame)
             if self._queues is None:
                 self._start(frame)
