@@ -119,13 +119,13 @@ def _direct(arguments: list, result, compiled: Callable, inputs: tuple, results)
 
 
 @functools.cache
-def part_of(count: int) -> int:
-    """How many numbers to sum at a time of `count`, where there is a divisor that will do; else `count`.
+def part_of(count: int, most: int = 512) -> int:
+    """How many numbers to sum at a time of `count`, at most `most`, where a divisor will do; else `count`.
 
     What is summed stays in a cache. Sums of more than 4096 numbers Inductor makes by pairs, for the sake of their
     rounding errors, and several times slower; those of parts have errors as small.
     """
-    part = max(part for part in range(1, min(count, 512) + 1) if count % part == 0)
+    part = max(part for part in range(1, min(count, most) + 1) if count % part == 0)
     return part if part >= 16 else count
 
 
