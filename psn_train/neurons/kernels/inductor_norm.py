@@ -77,7 +77,9 @@ def _statistics() -> Callable[..., tuple[Tensor, Tensor]]:
         near = y[:, :, :8, :, :8].to(compute_dtype(y)).mean((2, 4), keepdim=True)
         deviation = y.to(near.dtype) - near
         count = y.shape[2] * y.shape[4]
-        off, squares = (total.double() / count for total in (deviation.sum((2, 4)), (deviation * deviation).sum((2, 4))))
+        off, squares = (
+            total.double() / count for total in (deviation.sum((2, 4)), (deviation * deviation).sum((2, 4)))
+        )
         means = near[:, :, 0, :, 0] + off  # [J, parts, C]
         mean = means.mean((0, 1))
         variances = (squares - off * off).clamp_min(0) + (means - mean).square()
