@@ -10,6 +10,8 @@ from torch import nn
 import psn_train  # noqa: F401
 from psn_train.neurons import PSN, MaskedPSN, SlidingPSN, functional, kernels
 from psn_train.neurons.kernels.batch_norm import norm_psn_sequence
+from psn_train.neurons.kernels.inductor import terms
+from psn_train.neurons.kernels.inductor_norm import _groups
 from psn_train.neurons.kernels.norm_operators import norm_statistics
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-5}
@@ -97,6 +99,20 @@ def test_equals_the_two_in_training(backend, T, N, C, side, dtype, channels_last
     kind = torch.float64 if dtype == torch.float64 else torch.float32
     y = images(T * N, C, side, dtype, channels_last).unflatten(0, (T, N))
     compare(y, make_norm(C, kind), torch.randn(T, T, dtype=kind), -torch.rand(T, dtype=kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_sums_of_many_steps_are_made_some_at_a_time(shared, dtype):
+    """T = 7: 49 products, or 25 of k = 5; groups that differ in size, the last one smaller."""
+    y = images(7 * 3, 5, 6, dtype, True).unflatten(0, (7, 3))
+    weight, bias = (torch.randn(5), torch.tensor(-0.5)) if shared else (torch.randn(7, 7), -torch.rand(7))
+    assert len(_groups(terms(y.flatten(2), weight, 0), 16)) > 1
+    kernels.use_backend("compiled")
+    try:
+        compare(y, make_norm(5, torch.float32), weight, bias)
+    finally:
+        kernels.use_backend("auto")
 
 
 @pytest.mark.parametrize("channels_last", [True, False])

@@ -8,6 +8,7 @@ Legend: as in plain_norm.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -53,9 +54,30 @@ def norm_reduce(grad, y, scale, shift, weight, bias, band, surrogate, alpha):
         return plain_norm.norm_reduce(grad, y, scale, shift, weight, bias, band, surrogate, alpha)
     J, A, C, B = y.shape
     parts = A // part_of(A)
-    sizes = (_PARTS, _PARTS, _CHANNELS, _CHANNELS, (), ())
-    run = compile_once(_sums, taps, surrogate, alpha, sizes=sizes, kind=(*_kind(y, weight), parts == 1))
-    return run(grad.view(-1, parts, A // parts, C, B), y.view(J, parts, -1, C, B), scale, shift, weight, bias)
+    arguments = (grad.view(-1, parts, A // parts, C, B), y.view(J, parts, -1, C, B), scale, shift, weight, bias)
+    sizes, kind = (_PARTS, _PARTS, _CHANNELS, _CHANNELS, (), ()), (*_kind(y, weight), parts == 1)
+    groups = _groups(taps, 16 if y.element_size() == 2 else 32)
+    if len(groups) == 1:
+        return compile_once(_sums, taps, surrogate, alpha, sizes=sizes, kind=kind)(*arguments)
+    found = []
+    for steps in groups:
+        run = compile_once(_products, taps[steps], steps.start, surrogate, alpha, sizes=sizes, kind=kind)
+        found.append(run(*arguments))
+    pairs, sums = (torch.cat(part) for part in zip(*found, strict=True))
+    sizes = ((2,), (1,), _CHANNELS, _CHANNELS, (), ())
+    return compile_once(_totals, len(taps), sizes=sizes, kind=kind[:-1])(pairs, sums, scale, shift, weight, bias)
+
+
+@functools.cache
+def _groups(taps: Taps, most: int) -> tuple[slice, ...]:
+    """Steps in groups of at most `most` products, or of one step: what a loop sums is to stay in registers."""
+    groups, begin, count = [], 0, 0
+    for t, products in enumerate(taps):
+        if count and count + len(products) > most:
+            groups.append(slice(begin, t))
+            begin, count = t, 0
+        count += len(products)
+    return (*groups, slice(begin, len(taps)))
 
 
 def norm_backward(grad, y, scale, shift, weight, bias, band, surrogate, alpha, of_dz, of_y, constant):
@@ -112,23 +134,44 @@ def _grad_h(grad, z, taps, weight, bias, surrogate, alpha) -> list[Tensor]:
 
 
 def _sums(taps: Taps, surrogate: str, alpha: float) -> Callable[..., tuple[Tensor, ...]]:
+    products, totals = _products(taps, 0, surrogate, alpha), _totals(len(taps))
+
     def norm_psn_sums(grad, y, scale, shift, weight, bias):
+        pairs, sums = products(grad, y, scale, shift, weight, bias)
+        return totals(pairs, sums, scale, shift, weight, bias)
+
+    return norm_psn_sums
+
+
+def _products(taps: Taps, first: int, surrogate: str, alpha: float) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Of the steps from `first` on, as many as there are taps: sums by channel of d y [t, J, C], and of d [t, C]."""
+
+    def norm_psn_products(grad, y, scale, shift, weight, bias):
         steps, z = _inputs(y, scale, shift, compute_dtype(y, weight))
-        grad_h = _grad_h(grad, z, taps, weight, bias, surrogate, alpha)
+        here = slice(first, first + len(taps))
+        grad_h = _grad_h(grad[here], z, taps, weight, bias if bias.ndim == 0 else bias[here], surrogate, alpha)
         none = torch.zeros_like(grad_h[0][:, 0, :, 0])
         rows = []
         for part, products in zip(grad_h, taps, strict=True):
             inputs = {j for j, _ in products}
             rows.append([(part * y_j).sum((1, 3)) if j in inputs else none for j, y_j in enumerate(steps)])
-        pairs = torch.stack([torch.stack(row) for row in rows]).sum(2)  # [T, J, parts, C] -> [T, J, C]
-        sums = torch.stack([part.sum((1, 3)) for part in grad_h]).sum(1)  # [T, C]
-        full, _ = plain.coefficients(len(taps), pairs.dtype, weight, bias)
+        pairs = torch.stack([torch.stack(row) for row in rows]).sum(2)  # [t, J, parts, C] -> [t, J, C]
+        return pairs, torch.stack([part.sum((1, 3)) for part in grad_h]).sum(1)
+
+    return norm_psn_products
+
+
+def _totals(T: int) -> Callable[..., tuple[Tensor, ...]]:
+    """What `plain_norm.norm_reduce` gives, out of the sums by channel."""
+
+    def norm_psn_totals(pairs, sums, scale, shift, weight, bias):
+        full, _ = plain.coefficients(T, pairs.dtype, weight, bias)
         grad_full = (pairs * scale + sums.unsqueeze(1) * shift).sum(2)
         sum_dz = (full.sum(1, keepdim=True) * sums).sum(0)
         sum_dz_y = (full.unsqueeze(2) * pairs).sum((0, 1))
         return plain.of_weight(grad_full, weight), plain.of_bias(sums.sum(1), bias), sum_dz, sum_dz_y
 
-    return norm_psn_sums
+    return norm_psn_totals
 
 
 def _gradient(taps: Taps, surrogate: str, alpha: float) -> Callable[..., Tensor]:
