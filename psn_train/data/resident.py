@@ -23,8 +23,10 @@ from psn_train.data.reader import SampleReader
 from psn_train.data.stream import Batch, EvalStream, TrainStream, make_loader
 from psn_train.recipe import Plan, Recipe
 
-# images that are augmented at once; more gain nothing, and cost memory in float32. Fewer stay in a CPU's caches
-_BLOCK, _BLOCK_ON_CPU = 2048, 1024
+# images that are augmented at once; more gain nothing, and cost memory in float32
+_BLOCK = 2048
+# of crops and flips alone, on a CPU: what stays in its caches; the operations of a policy share the images out
+_BLOCK_IN_CACHE = 1024
 # images that a decoding process hands over at once
 _CHUNK = 250
 
@@ -107,7 +109,8 @@ class ResidentTrainStream(TrainStream):
     def __init__(self, recipe: Recipe, plan: Plan, images: ResidentImages, rank: int):
         super().__init__(recipe, plan, images.reader, rank)
         self.resident = images
-        block = _BLOCK_ON_CPU if images.device.type == "cpu" else _BLOCK
+        few = images.device.type == "cpu" and recipe.augment.auto_augment is None
+        block = _BLOCK_IN_CACHE if few else _BLOCK
         self.block_size = max(1, block // plan.micro_batch_size)
 
     def __getitem__(self, micro_step: int) -> Batch:
