@@ -25,8 +25,6 @@ from psn_train.recipe import Plan, Recipe
 
 # images that are augmented at once; more gain nothing, and cost memory in float32
 _BLOCK = 2048
-# of crops and flips alone, on a CPU: what stays in its caches; the operations of a policy share the images out
-_BLOCK_IN_CACHE = 1024
 # images that a decoding process hands over at once
 _CHUNK = 250
 
@@ -109,9 +107,7 @@ class ResidentTrainStream(TrainStream):
     def __init__(self, recipe: Recipe, plan: Plan, images: ResidentImages, rank: int):
         super().__init__(recipe, plan, images.reader, rank)
         self.resident = images
-        few = images.device.type == "cpu" and recipe.augment.auto_augment is None
-        block = _BLOCK_IN_CACHE if few else _BLOCK
-        self.block_size = max(1, block // plan.micro_batch_size)
+        self.block_size = max(1, _BLOCK // plan.micro_batch_size)
 
     def __getitem__(self, micro_step: int) -> Batch:
         return self.block(range(micro_step, micro_step + 1))[0]

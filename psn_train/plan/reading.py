@@ -16,19 +16,11 @@ from psn_train.recipe import Plan, Recipe
 PHOTO_BYTES = 147.8e9 / 1_281_167
 # a set of smaller images is no photographs
 PHOTO_SIDE = 160
-# photographs of 500 x 375 pixels to 224, images/s of one core, by `data.decoder`: 0.7 of what an idle AMD EPYC with
-# AVX-512 did, since another one of that name is so much slower (benchmarks/README.md, Images)
+# photographs of 500 x 375 pixels to 224, images/s of one core of a loaded AMD Zen 4, timm's transforms
 PHOTO_RATES = {
-    "turbo": {
-        "decoding, random crop and flip": 590.0,
-        "the same with a policy such as RandAugment": 380.0,
-        "the same with colour jitter": 360.0,
-    },
-    "pillow": {
-        "decoding, random crop and flip": 370.0,
-        "the same with a policy such as RandAugment": 300.0,
-        "the same with colour jitter": 280.0,
-    },
+    "decoding, random crop and flip": 215.0,
+    "the same with a policy such as RandAugment": 162.0,
+    "the same with colour jitter": 149.0,
 }
 
 
@@ -100,9 +92,9 @@ def assumed_rate(recipe: Recipe) -> tuple[float | None, str]:
     if not photographs(recipe):
         return None, "unknown; --measure measures it on the shards, --decode-per-core states it"
     augment = recipe.augment
-    rates = PHOTO_RATES[recipe.decoder]
-    kind = list(rates)[2 if augment.color_jitter else 1 if augment.auto_augment else 0]
-    return rates[kind], f"assumed: {kind}, photographs of 500 x 375 on an AMD EPYC; --measure measures it"
+    kinds = list(PHOTO_RATES)
+    kind = kinds[2] if augment.color_jitter else kinds[1] if augment.auto_augment else kinds[0]
+    return PHOTO_RATES[kind], f"assumed: {kind}, photographs of 500 x 375 on a loaded AMD Zen 4; --measure measures it"
 
 
 def reading(
