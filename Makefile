@@ -13,6 +13,8 @@ STAMP := $(VENV)/.installed
 export PYTHONDONTWRITEBYTECODE :=
 
 PHOTOGRAPHS ?= $(PSN_SHARED_DATA)/imagenet_originals
+# folder with cifar-10-batches-py; without it, bench leaves out the rows of CIFAR
+CIFAR ?=
 RESULTS ?= benchmarks/results
 
 .PHONY: demo test test-distributed docs bench lint format lock schema clean
@@ -37,7 +39,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/step.py --out $(RESULTS)
 	$(BIN)/python benchmarks/memory.py --out $(RESULTS)
 	$(BIN)/python benchmarks/inference.py --out $(RESULTS)
-	$(BIN)/python benchmarks/loader.py $(PHOTOGRAPHS) --out $(RESULTS)
+	$(BIN)/python benchmarks/loader.py $(PHOTOGRAPHS) $(if $(CIFAR),--cifar $(CIFAR)) --out $(RESULTS)
 
 # renewed when a requirement changes; the package itself is installed editable
 $(STAMP): requirements.lock pyproject.toml

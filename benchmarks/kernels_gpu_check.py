@@ -5,6 +5,11 @@ backward x, gradient and gradient of x. No rate is printed of a kernel whose res
 """
 
 import argparse
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from triton.testing import do_bench
@@ -40,6 +45,33 @@ def agree(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch
     return same
 
 
+class Case(NamedTuple):
+    T: int
+    J: int
+    taps: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"T={self.T:<3} J={self.J:<3} k={self.taps} {self.dtype}"
+
+    def tensors(self, M: int) -> tuple[torch.Tensor, ...]:
+        return case(self.T, self.J, M, self.taps, DTYPES[self.dtype])
+
+
+STEPS = (*((T, T, 0) for T in (1, 2, 4, 5, 8, 10, 16, 31, 32, 64, 128)), (4, 1, 0), (32, 1, 0), (32, 32, 8))
+CASES = [Case(*steps, dtype) for steps in STEPS for dtype in DTYPES]
+
+
+def prepared(of: Case, M: int) -> bool:
+    """Whether the kernels agree with plain PyTorch; and those of M columns are compiled, for any process."""
+    torch.manual_seed(0)
+    found = all(agree(*of.tensors(odd)) for odd in (1, 7, 1001, 65537))
+    grad, x, weight, bias = of.tensors(M)
+    triton_psn.forward(x, weight, bias, 0)
+    triton_psn.backward(grad, x, weight, bias, 0, "atan", 2.0)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--neurons", type=int, default=1 << 20, help="M (default %(default)s)")
@@ -47,26 +79,21 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, programs {triton_launch.PROGRAMS}")
     big = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     copy = 2 * big.numel() / do_bench(lambda: big.clone()) / 1e6
-    print(f"copy: {copy:.0f} GB/s")
-    failed = 0
-    for T, J, taps in [
-        *((T, T, 0) for T in (1, 2, 4, 5, 8, 10, 16, 31, 32, 64, 128)),
-        (4, 1, 0),
-        (32, 1, 0),
-        (32, 32, 8),
-    ]:
-        for name, dtype in DTYPES.items():
-            label = f"T={T:<3} J={J:<3} k={taps} {name}"
-            if not all(agree(*case(T, J, odd, taps, dtype)) for odd in (1, 7, 1001, 65537)):
-                failed += 1
-                print(f"{label}: differs from plain PyTorch")
-                continue
-            grad, x, weight, bias = case(T, J, M, taps, dtype)
-            forward = do_bench(lambda x=x, w=weight, b=bias: triton_psn.forward(x, w, b, 0))
-            backward = do_bench(lambda a=(grad, x, weight, bias): triton_psn.backward(*a, 0, "atan", 2.0))
-            rates = [(T + J) * M * x.itemsize / forward / 1e6, (T + 2 * J) * M * x.itemsize / backward / 1e6]
-            print(label, *(f"{rate:7.0f} GB/s ({rate / copy:4.0%} of a copy)" for rate in rates), sep="  ")
-    raise SystemExit(failed > 0)
+    print(f"copy: {copy:.0f} GB/s", flush=True)
+    # hundreds of kernels are compiled, a second each: by as many processes as there are cores
+    workers = min(16, len(os.sched_getaffinity(0)))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        agreed = list(pool.map(partial(prepared, M=M), CASES))
+    for of, same in zip(CASES, agreed, strict=True):
+        if not same:
+            print(f"{of}: differs from plain PyTorch")
+            continue
+        grad, x, weight, bias = of.tensors(M)
+        forward = do_bench(lambda x=x, w=weight, b=bias: triton_psn.forward(x, w, b, 0))
+        backward = do_bench(lambda a=(grad, x, weight, bias): triton_psn.backward(*a, 0, "atan", 2.0))
+        rates = [(of.T + of.J) * M * x.itemsize / forward / 1e6, (of.T + 2 * of.J) * M * x.itemsize / backward / 1e6]
+        print(of, *(f"{rate:7.0f} GB/s ({rate / copy:4.0%} of a copy)" for rate in rates), sep="  ", flush=True)
+    raise SystemExit(not all(agreed))
 
 
 if __name__ == "__main__":

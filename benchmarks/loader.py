@@ -1,9 +1,10 @@
 """Images/s of loaders, side by side: ours, timm's and torchvision's, from the same images in one run.
 
-    python benchmarks/loader.py ../shared/data/imagenet_originals --cifar CIFAR --out results
+    python benchmarks/loader.py [../shared/data/imagenet_originals] [--cifar CIFAR] [--out results]
 
 One core, unless a row says otherwise: CPU time of this process with one thread, which other work on the machine
-disturbs least. Rounds go through all loaders in turn. Before anything is timed, the pixels are compared.
+disturbs least. Images that are resident on a GPU are timed by the wall clock, until the GPU has done with them. Rounds
+go through all loaders in turn. Before anything is timed, the pixels are compared.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,15 +47,22 @@ from loader_peers import (
 )
 from PIL import Image
 
-from psn_train.bench.timing import environment
+from psn_train.bench.timing import bench_device, environment
 from psn_train.data.images import eval_transform, seeded, train_transform
 from psn_train.data.stream import PREFETCH
 from psn_train.data.turbo import Unflipped, open_turbo
 
+CPU = torch.device("cpu")
+
 
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("photographs", type=Path, help="folder of photographs, <class>_<name>.JPEG")
+    parser.add_argument(
+        "photographs",
+        type=Path,
+        nargs="?",
+        help="folder of photographs, <class>_<name>.JPEG; without it that part is left out",
+    )
     parser.add_argument("--cifar", type=Path, help="folder with cifar-10-batches-py; without it that part is left out")
     parser.add_argument("--cifar-images", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=7)
@@ -62,10 +71,14 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), help="of the rows that have some; 0: no such rows"
     )
+    parser.add_argument("--device", help="of resident images, such as cuda:1 or cpu; by default a GPU if there is one")
     parser.add_argument("--node-gpus", type=int, default=8, help="of the node whose need is computed")
     parser.add_argument("--gpu-rate", type=float, default=1000.0, help="images/s that one of them trains")
     parser.add_argument("--out", type=Path, help="folder for loader.json and loader.png")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.photographs is None and options.cifar is None:
+        parser.error("nothing to load: wanted a folder of photographs, --cifar FOLDER, or both")
+    return options
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -97,13 +110,13 @@ def check_photographs(photographs: Path, shards: Path) -> dict[str, float]:
     }
 
 
-def check_cifar(unpacked: Path, shards: Path, count: int) -> None:
+def check_cifar(unpacked: Path, shards: Path, count: int, device: torch.device) -> None:
     """SystemExit unless crops and flips of images on the device are torchvision's of the same draws, bit by bit."""
     from torchvision.transforms.v2 import functional as F
 
     from psn_train.data.batched_augment import draw
 
-    stream, _ = cifar_resident(shards, 100, trivial=False)
+    stream, _ = cifar_resident(shards, 100, False, device)
     images, labels = cifar_arrays(unpacked, count)
     batch, reader = stream[3], stream.reader
     drawn = draw(stream.recipe, batch.epochs, batch.ids)
@@ -113,8 +126,12 @@ def check_cifar(unpacked: Path, shards: Path, count: int) -> None:
         image = F.pad(torch.from_numpy(images[number]).permute(2, 0, 1), [4])
         image = F.crop(image, int(drawn.top[place]) + 4, int(drawn.left[place]) + 4, 32, 32)
         image = image.flip(-1) if drawn.hflip[place] else image
-        if not torch.equal(image, batch.inputs[place]) or batch.targets[place] != labels[number]:
+        if not torch.equal(image, batch.inputs[place].cpu()) or batch.targets[place] != labels[number]:
             raise SystemExit(f"CIFAR image {number}: the batch on the device is not torchvision's")
+
+
+def nothing() -> None:
+    """What is waited for where nothing is under way."""
 
 
 def cpu(batches: Iterator, count: int) -> Callable[[], float]:
@@ -129,19 +146,22 @@ def cpu(batches: Iterator, count: int) -> Callable[[], float]:
     return job
 
 
-def wall(batches: Iterator, count: int, ready: int = 0) -> Callable[[], float]:
-    """Seconds of `count` batches of decoding processes that are all at work.
+def wall(batches: Iterator, count: int, ready: int = 0, device: torch.device = CPU) -> Callable[[], float]:
+    """Seconds of `count` batches of decoding processes that are all at work, or until the device has made them.
 
     Args:
         ready: batches that may lie there when it begins, and are taken first.
     """
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else nothing
 
     def job() -> float:
         for _ in range(ready + count):
             next(batches)
+        wait()
         begin = time.perf_counter()
         for _ in range(count):
             next(batches)
+        wait()
         return time.perf_counter() - begin
 
     return job
@@ -186,25 +206,30 @@ def photograph_jobs(options, tree: Path, shards: Path, small: Path) -> dict[str,
     return found
 
 
-def cifar_jobs(options, shards: Path) -> dict[str, dict[str, tuple[Callable, int]]]:
+def cifar_jobs(options, shards: Path, device: torch.device) -> dict[str, dict[str, tuple[Callable, int]]]:
     batch, few = 250, 4
     found = {}
+    where = "resident" if device.type == "cpu" else "resident on the GPU"
+
+    def resident(trivial: bool, count: int, by_wall: bool) -> tuple[Callable, int]:
+        batches = cifar_resident(shards, batch, trivial, device)[1]
+        return wall(batches, count, device=device) if by_wall else cpu(batches, count), count * batch
+
     for trivial in (False, True):
         ours = repeated(train_stream(cifar_recipe(shards, batch, trivial, resident=False)))
         peer = cifar_torchvision(options.cifar, options.cifar_images, batch, trivial, 0)
-        _, resident = cifar_resident(shards, batch, trivial)
         many = 40 if trivial else 200
         name = "CIFAR, crop and flip" + (", TrivialAugment" if trivial else "") + ", one core"
         found[name] = {
             "torchvision": (cpu(peer, few), few * batch),
             "psn_train, decoded each time": (cpu(ours, few), few * batch),
-            "psn_train, resident": (cpu(resident, many), many * batch),
+            f"psn_train, {where}": resident(trivial, many, by_wall=device.type == "cuda"),
         }
     if options.workers:
         peer = cifar_torchvision(options.cifar, options.cifar_images, batch, False, options.workers)
         found[f"CIFAR, crop and flip, {options.workers} processes, wall clock"] = {
             "torchvision": (wall(peer, 2 * few, PREFETCH * options.workers), 2 * few * batch),
-            "psn_train, resident, one thread": (wall(cifar_resident(shards, batch, False)[1], 200), 200 * batch),
+            f"psn_train, {where}, one thread": resident(False, 200, by_wall=True),
         }
     return found
 
@@ -237,35 +262,43 @@ def measure(comparisons: dict, rounds: int) -> dict[str, dict[str, dict[str, flo
 def main() -> None:
     options = parsed()
     torch.set_num_threads(1)
-    here = environment(torch.device("cpu"))
+    try:
+        # resident images alone are on another one
+        device = bench_device(options.device) if options.cifar is not None else CPU
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    here = environment(device)
     modules = {"timm": timm, "torchvision": torchvision, "pillow": PIL, "simplejpeg": simplejpeg}
     here |= {name: module.__version__ for name, module in modules.items()}
     with tempfile.TemporaryDirectory() as folder:
-        tree = photograph_tree(options.photographs, Path(folder) / "tree")
-        shards = write_photographs(tree, Path(folder) / "shards")
-        small = write_photographs(tree, Path(folder) / "small", "--max-side", "400")
-        parity = check_photographs(options.photographs, shards)
-        comparisons = photograph_jobs(options, tree, shards, small)
+        comparisons, parity = {}, None
+        if options.photographs is not None:
+            tree = photograph_tree(options.photographs, Path(folder) / "tree")
+            shards = write_photographs(tree, Path(folder) / "shards")
+            small = write_photographs(tree, Path(folder) / "small", "--max-side", "400")
+            parity = check_photographs(options.photographs, shards)
+            comparisons |= photograph_jobs(options, tree, shards, small)
         if options.cifar is not None:
             cifar = cifar_shards(options.cifar, Path(folder) / "cifar", options.cifar_images)
-            check_cifar(options.cifar, cifar, options.cifar_images)
-            comparisons |= cifar_jobs(options, cifar)
+            check_cifar(options.cifar, cifar, options.cifar_images, device)
+            comparisons |= cifar_jobs(options, cifar, device)
         found = measure(comparisons, options.rounds)
     print(" ".join(f"{key}={value}" for key, value in here.items() if value is not None))
-    print("pixels, mean absolute difference from timm's, of 255:", json.dumps(parity))
+    if parity is not None:
+        print("pixels, mean absolute difference from timm's, of 255:", json.dumps(parity))
     for title, rows in found.items():
         print(f"\n| {title} | images/s | quartiles | times |\n| --- | ---: | ---: | ---: |")
         for name, row in rows.items():
             spread = f"{row['q1']:,.0f} to {row['q3']:,.0f}"
             print(f"| {name} | {row['images_per_s']:,.0f} | {spread} | {row['times']:.2f} |")
     need = options.node_gpus * options.gpu_rate
-    cores = {}
-    for title in ("training, one core", "training, shards of --max-side 400, one core"):
-        cores[title] = need / found[title]["psn_train"]["images_per_s"]
-    print(
-        f"\n{options.node_gpus} GPUs of {options.gpu_rate:,.0f} images/s want {need:,.0f} images/s: "
-        + "; ".join(f"{count:.1f} cores ({title})" for title, count in cores.items())
-    )
+    training = [title for title in found if title.startswith("training") and title.endswith("one core")]
+    cores = {title: need / found[title]["psn_train"]["images_per_s"] for title in training}
+    if cores:
+        print(
+            f"\n{options.node_gpus} GPUs of {options.gpu_rate:,.0f} images/s want {need:,.0f} images/s: "
+            + "; ".join(f"{count:.1f} cores ({title})" for title, count in cores.items())
+        )
     report = {
         "environment": here,
         "parity": parity,

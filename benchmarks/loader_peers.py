@@ -142,13 +142,15 @@ def cifar_recipe(shards: Path, batch: int, trivial: bool, resident: bool) -> Rec
     return recipe_of(shards, batch, 32, resident=resident, workers=0, augment=augment)
 
 
-def cifar_resident(shards: Path, batch: int, trivial: bool) -> tuple[ResidentTrainStream, Iterator]:
-    """(the stream, its batches as the network sees them): normalised float32, as torchvision's are."""
+def cifar_resident(
+    shards: Path, batch: int, trivial: bool, device: torch.device
+) -> tuple[ResidentTrainStream, Iterator]:
+    """(the stream, its batches as the network sees them): normalised float32, as torchvision's are, on the device."""
     recipe = cifar_recipe(shards, batch, trivial, resident=True)
     reader = SampleReader(load_index(shards))
     plan = make_plan(recipe, world_size=1, train_samples=reader.index.num_samples)
-    stream = ResidentTrainStream(recipe, plan, ResidentImages(reader, recipe, "cpu"), 0)
-    normalize = Normalizer(MEAN, STD, "cpu")
+    stream = ResidentTrainStream(recipe, plan, ResidentImages(reader, recipe, device), 0)
+    normalize = Normalizer(MEAN, STD, device)
     loader = ResidentLoader(stream, start=0, stop=len(stream))
     return stream, ((normalize(part.inputs), part.targets) for part in loader)
 
@@ -158,8 +160,9 @@ def draw_bars(report: dict, path: Path) -> None:
     from psn_train.bench.picture import figure_class
 
     groups = report["comparisons"]
-    figure = figure_class()(figsize=(12, 2.6 * -(-len(groups) // 2)), layout="constrained")
-    for axes, (title, rows) in zip(figure.subplots(-(-len(groups) // 2), 2).flat, groups.items(), strict=False):
+    lines = -(-len(groups) // 2)
+    figure = figure_class()(figsize=(12, 2.6 * lines), layout="constrained")
+    for axes, (title, rows) in zip(figure.subplots(lines, 2).flat, groups.items(), strict=False):
         names = list(rows)
         rates = [rows[name]["images_per_s"] for name in names]
         spread = [[rate - rows[n]["q1"] for n, rate in zip(names, rates, strict=True)]]

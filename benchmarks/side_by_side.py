@@ -57,7 +57,10 @@ class Comparison:
 
     def __init__(self, name: str, options: argparse.Namespace, peers: tuple[str, ...]):
         self.name, self.options = name, options
-        self.device = bench_device(options.device)
+        try:
+            self.device = bench_device(options.device)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
         self.cpu_time = self.device.type == "cpu" and not options.wall
         # before what is imported later can say otherwise
         torch.set_num_threads(options.threads)

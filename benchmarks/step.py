@@ -26,6 +26,8 @@ from psn_train.models.packed_layers import set_memory
 from psn_train.neurons import kernels, set_nan_check
 from psn_train.publish.spikingjelly import spikingjelly_state
 
+# images at most that the gradients are compared on
+CHECKED = 8
 # how much further from float64's gradient than SpikingJelly's a way may be: spikes flip by chance
 MOST = 1.25
 
@@ -94,6 +96,8 @@ class Ways:
 
         mine("psn_train, plain kernels", "reference")
         mine("psn_train", "compiled")
+        if device.type == "cuda":
+            mine("psn_train, Triton kernels", "triton")
         mine("psn_train, lean", "compiled", "lean")
         peer = copy.deepcopy(theirs).to(device).train()
         self.held["SpikingJelly"] = peer
@@ -150,6 +154,16 @@ def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
+def peak_of(job: Callable[[], object]) -> float:
+    """MiB that a step of a network that has been called before takes of the GPU at most, beside what is held anyway."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    job()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depth", type=int, nargs="+", choices=(18, 34, 50), default=[18], help="default: %(default)s")
@@ -169,14 +183,19 @@ def main() -> None:
             # it is left out in training on a GPU, and is not the step's
             set_nan_check(ours, "never")
             theirs = their_network(ours, "m").train()
-            x = photos[: options.batch]
-            truths = check_in_float64(ours, theirs, x, targets)
+            ours, theirs = ours.to(comparison.device), theirs.to(comparison.device)
+            x_here, targets_here = photos[: options.batch].to(comparison.device), targets.to(comparison.device)
+            few = x_here[:CHECKED], targets_here[:CHECKED]
+            truths = check_in_float64(ours, theirs, *few)
             comparison.say(f"sew_resnet{depth}_psn, T = {T}: in float64 the loss and all gradients are SpikingJelly's")
-            x_here, targets_here = x.to(comparison.device), targets.to(comparison.device)
             for dtype in options.dtype:
                 ways = Ways(ours, theirs, comparison.device, dtype, options)
-                off = ways.check(x_here, targets_here, *truths)
+                off = ways.check(*few, *truths)
                 comparison.say(f"{dtype}, off float64's gradient: " + ", ".join(f"{k} {v:.1e}" for k, v in off.items()))
+                peak = {}
+                if comparison.device.type == "cuda":
+                    peak = {name: peak_of(partial(job, x_here, targets_here)) for name, job in ways.jobs.items()}
+                    comparison.say("MiB at most: " + ", ".join(f"{name} {value:.0f}" for name, value in peak.items()))
                 comparison.measure(
                     f"sew_resnet{depth}_psn, T = {T}, {options.side} px, {dtype}, batch {options.batch}: a step",
                     {name: partial(job, x_here, targets_here) for name, job in ways.jobs.items()},
@@ -187,6 +206,7 @@ def main() -> None:
                     dtype=dtype,
                     batch=options.batch,
                     off_float64=off,
+                    peak_mib=peak,
                 )
     kernels.use_backend("auto")
     comparison.finish()

@@ -15,14 +15,14 @@ from torch import Tensor
 
 # sets of shapes that a function remembers; there are a few dozen in a network
 _MOST_KNOWN = 1024
-# loops over the same numbers are made one, and nothing between them is written to memory
+# loops over the same numbers are made one, and nothing between them is written to memory: neither by the count of its
+# operations, nor by that of what they read, eight numbers unless told otherwise
 _ONE_LOOP = {
     "realize_opcount_threshold": 100_000,
     "realize_reads_threshold": 100_000,
+    "realize_acc_reads_threshold": 100_000,
     "cpp.max_horizontal_fusion_size": 1024,
 }
-# of a function with more products to a loop, a CPU's registers do not hold what it sums
-_MOST_IN_ONE_LOOP = 64
 # for each argument, the axes along which it may have any size
 Sizes = tuple[tuple[int, ...], ...]
 
@@ -130,13 +130,16 @@ def part_of(count: int, most: int = 512) -> int:
 
 
 @functools.cache
-def compile_once(make: Callable[..., Callable], *arguments, sizes: Sizes, kind: tuple = ()) -> CompiledFunction:
+def compile_once(
+    make: Callable[..., Callable], *arguments, sizes: Sizes, kind: tuple = (), one_loop: bool = True
+) -> CompiledFunction:
     """What `make` makes, compiled; each has a code of its own, since torch counts how often one is compiled.
 
     Args:
         arguments: of `make`; where the first is a tuple, it has the products of each step out.
         sizes: see `CompiledFunction`.
         kind: what else code is compiled anew for.
+        one_loop: whether all of it becomes one loop, however much that computes.
     """
     made = make(*arguments)
     products = arguments[0] if arguments and isinstance(arguments[0], tuple) else ()
@@ -144,4 +147,4 @@ def compile_once(make: Callable[..., Callable], *arguments, sizes: Sizes, kind: 
     name = "_".join([made.__name__, *([str(len(products))] if products else [])])
     code = made.__code__.replace(co_name=name)
     own = types.FunctionType(code, made.__globals__, made.__name__, made.__defaults__, made.__closure__)
-    return CompiledFunction(own, sizes, _ONE_LOOP if sum(map(len, products)) <= _MOST_IN_ONE_LOOP else None)
+    return CompiledFunction(own, sizes, _ONE_LOOP if one_loop else None)

@@ -20,6 +20,8 @@ from psn_train.neurons.layout import compute_dtype, no_autocast
 
 # more products than that are left to a matrix product
 _MOST_TERMS = 256
+# of a loop that sums more products, a compiler makes nothing of use in a minute, and in two nothing much faster
+_MOST_SUMS = 64
 
 # for each step out: which input is multiplied with which number of the flattened weight
 Taps = tuple[tuple[tuple[int, int], ...], ...]
@@ -44,7 +46,8 @@ def backward(
     J, M = x.shape
     parts = M // part_of(M) if M else 1
     sizes, kind = ((1, 2), (1, 2), (), ()), (x.dtype, weight.dtype, parts == 1)
-    run = compile_once(gradients_written_out, taps, surrogate, alpha, sizes=sizes, kind=kind)
+    few = sum(map(len, taps)) <= _MOST_SUMS
+    run = compile_once(gradients_written_out, taps, surrogate, alpha, sizes=sizes, kind=kind, one_loop=few)
     grad_x, grad_weight, grad_bias = run(grad.view(-1, parts, M // parts), x.view(J, parts, -1), weight, bias)
     return grad_x.view(J, M), grad_weight, grad_bias
 

@@ -59,7 +59,7 @@ def norm_reduce(grad, y, scale, shift, weight, bias, band, surrogate, alpha):
     parts = A // part_of(A)
     arguments = (grad.view(-1, parts, A // parts, C, B), y.view(J, parts, -1, C, B), scale, shift, weight, bias)
     sizes, kind = (_PARTS, _PARTS, _CHANNELS, _CHANNELS, (), ()), (*_kind(y, weight), parts == 1)
-    groups = _groups(taps, 16 if y.element_size() == 2 else 32)
+    groups = _groups(taps, 24 if y.element_size() == 2 else 32)
     if len(groups) == 1:
         return compile_once(_sums, taps, surrogate, alpha, sizes=sizes, kind=kind)(*arguments)
     found = []
