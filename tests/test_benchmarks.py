@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -123,3 +125,44 @@ def test_the_loader_beside_its_peers(tmp_path):
     assert result["parity"]["evaluation_largest"] < 1 and len(result["comparisons"]) == 4
     assert all("timm" in rows and "psn_train" in rows for rows in result["comparisons"].values())
     assert (tmp_path / "out" / "loader.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def parts_of_gpu_sh() -> list[tuple[int, str, list[str]]]:
+    """(seconds, script, arguments) of each part, the folders filled in."""
+    text = (ROOT / "benchmarks" / "gpu.sh").read_text().replace("$out", "out").replace("$cifar", "cifar")
+    found = re.findall(r"\bpart \w+ (\d+) (\w+\.py)(.*)", text)
+    return [(int(seconds), script, shlex.split(arguments)) for seconds, script, arguments in found]
+
+
+def test_gpu_sh_takes_less_than_ten_minutes():
+    parts = parts_of_gpu_sh()
+    scripts = {script for _, script, _ in parts}
+    assert scripts == {
+        "kernels_gpu_check.py",
+        *(f"{n}.py" for n in ("neuron", "step", "memory", "inference", "loader")),
+    }
+    assert sum(seconds for seconds, _, _ in parts) < 600
+    # two of a name would be one file
+    places = [
+        (script, arguments[arguments.index("--out") + 1]) for _, script, arguments in parts if "--out" in arguments
+    ]
+    assert len(set(places)) == len(places) == len(parts) - 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("script", "arguments"), [part[1:] for part in parts_of_gpu_sh()])
+def test_options_of_gpu_sh_are_there(script, arguments):
+    pytest.importorskip("triton")
+    # what stands before --help has been looked at: types and choices
+    told = run(script, *arguments, "--help")
+    assert {word for word in arguments if word.startswith("--")} <= set(re.findall(r"--[\w-]+", told))
+
+
+def test_a_loader_wants_something_to_load():
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "loader.py"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2 and "wanted a folder of photographs, --cifar FOLDER, or both" in done.stderr

@@ -1,15 +1,19 @@
 """Batch norm and PSN in one against the two one after the other: spikes, every gradient, the running statistics."""
 
 import copy
+import re
 
 import pytest
 import timm
 import torch
 from torch import nn
+from torch._inductor import utils
 
 import psn_train  # noqa: F401
 from psn_train.neurons import PSN, MaskedPSN, SlidingPSN, functional, kernels
+from psn_train.neurons.kernels import inductor_norm
 from psn_train.neurons.kernels.batch_norm import norm_psn_sequence
+from psn_train.neurons.kernels.compiling import compile_once
 from psn_train.neurons.kernels.inductor import terms
 from psn_train.neurons.kernels.inductor_norm import _groups
 from psn_train.neurons.kernels.norm_operators import norm_statistics
@@ -235,3 +239,21 @@ def test_a_network_has_the_same_gradients_joined_or_not():
     kernels.use_backend("auto")
     for key, wanted in gradients["reference"].items():
         torch.testing.assert_close(gradients["compiled"][key], wanted, msg=lambda m, k=key: f"{k}: {m}")
+
+
+@pytest.mark.slow
+def test_compiled_code_writes_nothing_but_its_result():
+    """Inductor writes what is summed of many numbers to memory, in float32, unless told not to."""
+    T, shape = 8, (8, 24, 32, 1)
+    y, grad = torch.randn(2, *shape).bfloat16().unbind()
+    weight, bias, number = torch.randn(T, T), torch.full((T,), -1.0), torch.ones(shape[2])
+    # as in a process that has compiled nothing
+    compile_once.cache_clear()
+    with torch._inductor.config.patch(fx_graph_cache=False):
+        _, (code,) = utils.run_and_get_code(
+            lambda: inductor_norm.norm_backward(
+                grad, y, number, number, weight, bias, 0, "atan", 2.0, number, number, number
+            )
+        )
+    (written,) = re.findall(r"empty_strided_cpu\(.*\)", code)
+    assert written.endswith("torch.bfloat16)")
