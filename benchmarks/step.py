@@ -185,7 +185,9 @@ def main() -> None:
             theirs = their_network(ours, "m").train()
             ours, theirs = ours.to(comparison.device), theirs.to(comparison.device)
             x_here, targets_here = photos[: options.batch].to(comparison.device), targets.to(comparison.device)
-            few = x_here[:CHECKED], targets_here[:CHECKED]
+            # for another number of images whole networks would be compiled once more
+            checked = options.batch if options.compile else CHECKED
+            few = x_here[:checked], targets_here[:checked]
             truths = check_in_float64(ours, theirs, *few)
             comparison.say(f"sew_resnet{depth}_psn, T = {T}: in float64 the loss and all gradients are SpikingJelly's")
             for dtype in options.dtype:
