@@ -19,7 +19,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +45,9 @@ from loader_peers import (
     write_photographs,
 )
 from PIL import Image
+from side_by_side import device_of
 
-from psn_train.bench.timing import bench_device, environment
+from psn_train.bench.timing import environment
 from psn_train.data.images import eval_transform, seeded, train_transform
 from psn_train.data.stream import PREFETCH
 from psn_train.data.turbo import Unflipped, open_turbo
@@ -130,10 +130,6 @@ def check_cifar(unpacked: Path, shards: Path, count: int, device: torch.device) 
             raise SystemExit(f"CIFAR image {number}: the batch on the device is not torchvision's")
 
 
-def nothing() -> None:
-    """What is waited for where nothing is under way."""
-
-
 def cpu(batches: Iterator, count: int) -> Callable[[], float]:
     """Seconds of CPU that `count` batches take in this process."""
 
@@ -152,7 +148,10 @@ def wall(batches: Iterator, count: int, ready: int = 0, device: torch.device = C
     Args:
         ready: batches that may lie there when it begins, and are taken first.
     """
-    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else nothing
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def job() -> float:
         for _ in range(ready + count):
@@ -262,11 +261,8 @@ def measure(comparisons: dict, rounds: int) -> dict[str, dict[str, dict[str, flo
 def main() -> None:
     options = parsed()
     torch.set_num_threads(1)
-    try:
-        # resident images alone are on another one
-        device = bench_device(options.device) if options.cifar is not None else CPU
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    # resident images alone are on another one
+    device = device_of(options) if options.cifar is not None else CPU
     here = environment(device)
     modules = {"timm": timm, "torchvision": torchvision, "pillow": PIL, "simplejpeg": simplejpeg}
     here |= {name: module.__version__ for name, module in modules.items()}

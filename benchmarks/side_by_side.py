@@ -46,6 +46,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the JSON and the picture")
 
 
+def device_of(options: argparse.Namespace) -> torch.device:
+    """What `--device` says; ends the run where there is no such device."""
+    try:
+        return bench_device(options.device)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
 class Comparison:
     """The figures of one run: groups of jobs, each with its own table and panel.
 
@@ -57,10 +65,7 @@ class Comparison:
 
     def __init__(self, name: str, options: argparse.Namespace, peers: tuple[str, ...]):
         self.name, self.options = name, options
-        try:
-            self.device = bench_device(options.device)
-        except ValueError as error:
-            raise SystemExit(str(error)) from None
+        self.device = device_of(options)
         self.cpu_time = self.device.type == "cpu" and not options.wall
         # before what is imported later can say otherwise
         torch.set_num_threads(options.threads)

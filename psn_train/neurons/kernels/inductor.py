@@ -20,7 +20,7 @@ from psn_train.neurons.layout import compute_dtype, no_autocast
 
 # more products than that are left to a matrix product
 _MOST_TERMS = 256
-# of a loop that sums more products, a compiler makes nothing of use in a minute, and in two nothing much faster
+# with more products to sum, one loop takes twice as long to compile and is hardly faster
 _MOST_SUMS = 64
 
 # for each step out: which input is multiplied with which number of the flattened weight
