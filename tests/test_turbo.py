@@ -235,7 +235,7 @@ def test_streams_give_what_pillow_gives(shards):
         plan = make_plan(each, world_size=1, train_samples=8)
         inputs = ImageInputs(each, torch.device("cpu"))
         train, test = TrainStream(each, plan, reader, 0)[0], EvalStream(each, reader, 8, 0, 1)[0]
-        assert train.inputs.is_contiguous() and train.inputs.dtype == torch.uint8
+        assert train.inputs.is_contiguous(memory_format=torch.channels_last) and train.inputs.dtype == torch.uint8
         batches.append((inputs(train, True)[0], inputs(test, False)[0]))
     for ours, theirs in zip(*batches, strict=True):
         # in units of a channel's deviation, about 58

@@ -32,6 +32,12 @@ def handover_here() -> bool:
     return hasattr(os, "memfd_create") and os.path.isdir("/proc/self/fd")
 
 
+def images_in(memory: np.ndarray, shape: tuple[int, int, int, int]) -> np.ndarray:
+    """The first of `memory`, uint8 [bytes], as images uint8 [N, C, H, W] in channels_last."""
+    images, channels, height, width = shape
+    return memory[: images * channels * height * width].reshape(images, height, width, channels).transpose(0, 3, 1, 2)
+
+
 @dataclass(frozen=True)
 class _Written:
     """Images in a slot, in place of the tensor."""
@@ -90,9 +96,8 @@ class Slots:
             self._free.append(slot)
 
     def tensor(self, written: _Written) -> torch.Tensor:
-        """What is written in a slot, uint8 [N, C, H, W]; the slot is given back with the last view of it."""
-        size = int(np.prod(written.shape))
-        array = self.memory(written.slot)[:size].reshape(written.shape)
+        """What is written in a slot, uint8 [N, C, H, W] in channels_last; the slot is given back with the last view of it."""
+        array = images_in(self.memory(written.slot), written.shape)
         # torch keeps this very array as long as the storage lives
         weakref.finalize(array, self.give_back, written.slot).atexit = False
         return torch.from_numpy(array)

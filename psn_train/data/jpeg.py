@@ -180,33 +180,33 @@ def _cut_intervals(data: bytes, header: Header, rows: tuple[int, int], columns: 
         return None
     lines, pieces = -(-down // deep), across // broad
     coded = np.frombuffer(data, np.uint8, offset=header.scan)
-    ends = np.flatnonzero(coded[:-1] == 0xFF)
+    ends = np.flatnonzero(coded == 0xFF)[:-1]
     after = coded[ends + 1]
-    marks = ends[(after & 0xF8) == 0xD0]
-    if len(marks) != lines * pieces - 1 or ((coded[marks + 1] ^ np.arange(len(marks))) & 7).any():
+    marks = ends[(after >= 0xD0) & (after < 0xD8)]
+    if len(marks) != lines * pieces - 1 or coded[marks + 1].tobytes() != _numbers(len(marks)):
         return None
-    # where each interval begins, and the marker behind it: the last one's is the end of the image
-    starts = np.concatenate([[0], marks + 2])
-    stops = np.concatenate([marks, [len(coded) - 2]])
     first, last = rows[0] // deep, -(-rows[1] // deep)
     left, right = columns[0] // broad, -(-columns[1] // broad)
     if (last - first, right - left) == (lines, pieces):
         return data, 0, 0, header.height, header.width
-    begin = np.arange(first, last) * pieces + left
-    end = begin + (right - left - 1)
+    # the marker behind each interval, the last one's being the end of the image; and the one before it
+    taken = np.append(marks, len(coded) - 2).reshape(lines, pieces)[first:last, left:right]
+    before = np.append(-2, marks).reshape(lines, pieces)[first:last, left]
+    coded = coded.copy()
+    coded[taken.ravel() + 1] = np.frombuffer(_numbers(taken.size), np.uint8)
+    coded[taken[-1, -1] + 1] = 0xD9
+    begin, end = (before + 2).tolist(), (taken[:, -1] + 2).tolist()
     if right - left == pieces:
         begin, end = begin[:1], end[-1:]
-    chunks = [coded[a:b] for a, b in zip(starts[begin].tolist(), (stops[end] + 2).tolist(), strict=True)]
-    # each chunk's first byte moves from starts[begin] to the end of those before it
-    moved = np.cumsum([0] + [len(chunk) for chunk in chunks[:-1]]) - starts[begin]
-    taken = (np.arange(first, last) * pieces)[:, None] + np.arange(left, right)
-    places = (stops[taken].reshape(len(chunks), -1) + moved[:, None]).ravel()
-    joined = np.concatenate(chunks)
-    joined[places + 1] = 0xD0 + (np.arange(len(places)) & 7)
-    joined[-1] = 0xD9
+    chunks = [coded.data[a:b] for a, b in zip(begin, end, strict=True)]
     top, start = first * deep * tall, left * broad * wide
     height = min(header.height, last * deep * tall) - top
     width = min(header.width, right * broad * wide) - start
     frame = height.to_bytes(2, "big") + width.to_bytes(2, "big")
     head = data[: header.frame] + frame + data[header.frame + 4 : header.scan]
-    return head + joined.tobytes(), top, start, height, width
+    return b"".join([head, *chunks]), top, start, height, width
+
+
+def _numbers(count: int) -> bytes:
+    """The second bytes of the first `count` restart markers of a scan."""
+    return (bytes(range(0xD0, 0xD8)) * (count // 8 + 1))[:count]

@@ -55,8 +55,7 @@ class SampleReader:
 
     def name(self, sample_id: int) -> str:
         """Where a sample stands, for messages: `shard.tar[17]`."""
-        shard, position = self.locate(sample_id)
-        return f"{self.index.shards[shard].shown}[{position}]"
+        return self._shown(*self.locate(sample_id))[0]
 
     def read(self, sample_id: int) -> dict[str, bytes | str]:
         """The members of one sample by extension, and its `__key__`.
@@ -68,7 +67,7 @@ class SampleReader:
         shard_number, position = self.locate(sample_id)
         raw = self._held_bytes(shard_number, position)
         if raw is not None:
-            return parse_sample(raw, self.name(sample_id))
+            return self._parsed(raw, sample_id)
         try:
             raw = self._bytes(shard_number, position)
         except _Changed:
@@ -78,7 +77,10 @@ class SampleReader:
             self.forget(shard_number)
             self.cache.remove(self.index.shards[shard_number])
             raw = self._bytes(shard_number, position)
-        return parse_sample(raw, self.name(sample_id))
+        return self._parsed(raw, sample_id)
+
+    def _parsed(self, raw: bytes, sample_id: int) -> dict[str, bytes | str]:
+        return _plain_members(raw) or _any_members(raw, self.name(sample_id))
 
     def _held(self, shard_number: int) -> list[int]:
         """Positions of the samples of a shard that are held out."""
@@ -114,7 +116,6 @@ class SampleReader:
 
     def _bytes(self, shard_number: int, position: int) -> bytes:
         shard = self.index.shards[shard_number]
-        where, url = f"{shard.shown}[{position}]", hide_password(self.index.shard_url(shard))
         start, stop = shard.offsets[position], shard.offsets[position + 1]
         file = self._open(shard_number, shard)
         try:
@@ -122,24 +123,33 @@ class SampleReader:
             deleted = not os.fstat(file).st_nlink
         except OSError as error:
             self.forget(shard_number)
+            where, url = self._shown(shard_number, position)
             raise ShardError(f"{where}: shard {url} cannot be read: {error}") from error
         # a shard that the cache has removed is whole as long as it is open
         if deleted and self.remote_url(shard_number) is None:
             self.forget(shard_number)
+            where, url = self._shown(shard_number, position)
             raise ShardError(
                 f"{where}: shard {url} was deleted or replaced while it was read. "
                 "Put it back; `psn shards verify` tells whether it is the same."
             )
         if len(raw) != stop - start:
+            where, _ = self._shown(shard_number, position)
             raise _Changed(f"{where}: the shard ends at byte {start + len(raw)}, its index wants {shard.num_bytes}")
         crcs = self.crcs[shard_number]
         if crcs is not None and (crc := zlib.crc32(raw)) != crcs[position]:
+            where, url = self._shown(shard_number, position)
             raise _Changed(
                 f"{where}: its bytes changed since the index was made (CRC-32 {crc:08x}, the index says "
                 f"{int(crcs[position]):08x}): shard {url} is damaged or another one. "
                 "`psn shards verify` names all that is; put a whole copy there."
             )
         return raw
+
+    def _shown(self, shard_number: int, position: int) -> tuple[str, str]:
+        """(a sample's name, its shard's URL), for messages."""
+        shard = self.index.shards[shard_number]
+        return f"{shard.shown}[{position}]", hide_password(self.index.shard_url(shard))
 
     def forget(self, shard_number: int) -> None:
         """Close a shard's file, so that it is looked for anew."""
@@ -196,11 +206,9 @@ class _Changed(ShardError):
     """Bytes of a sample are not those that the index was made of, or are not there."""
 
 
-def parse_sample(raw: bytes, where: str) -> dict[str, bytes | str]:
+def _any_members(raw: bytes, where: str) -> dict[str, bytes | str]:
     """The tar members of one sample -> {extension: bytes, "__key__": name up to the first dot}."""
-    sample = _plain_members(raw)
-    if sample:
-        return sample
+    sample = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(raw + bytes(1024)), mode="r:") as archive:
             for member in archive:
@@ -218,7 +226,7 @@ def parse_sample(raw: bytes, where: str) -> dict[str, bytes | str]:
 
 
 def _plain_members(raw: bytes) -> dict[str, bytes | str]:
-    """As `parse_sample`, of members that are nothing but regular files in USTAR headers; empty where some are not.
+    """As `_any_members`, of members that are nothing but regular files in USTAR headers; empty where some are not.
 
     That is what `psn shards` and webdataset write, and takes a twentieth of tarfile's time.
     """

@@ -28,7 +28,7 @@ from psn_train.data import decoders
 from psn_train.data.ahead import FetchAhead, Need, lag_of, shard_needs
 from psn_train.data.event_stream import EventSamples
 from psn_train.data.frames.batched import PackedEvents
-from psn_train.data.handover import HandoverLoader, handover_here
+from psn_train.data.handover import HandoverLoader, handover_here, images_in
 from psn_train.data.images import (
     BadSample,
     decode_image,
@@ -112,7 +112,7 @@ class ImageSamples:
         return np.zeros((self.recipe.model.in_chans, side, side), dtype=np.uint8)
 
     def stack(self, images: list[np.ndarray | Unflipped], memory: np.ndarray | None = None) -> torch.Tensor:
-        """uint8 [N, C, H, W].
+        """uint8 [N, C, H, W] in channels_last: as decoders give them, and as convolutions take them.
 
         Args:
             memory: where they are to lie, uint8 [bytes]; by default in memory of their own. Images that have no room
@@ -123,7 +123,7 @@ class ImageSamples:
         size = math.prod(shape)
         if memory is None or len(memory) < size:
             memory = np.empty(size, np.uint8)
-        stacked = memory[:size].reshape(shape)
+        stacked = images_in(memory, shape)
         for place, image in zip(stacked, images, strict=True):
             place[...] = image
         return torch.from_numpy(stacked)

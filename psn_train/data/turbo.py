@@ -66,7 +66,11 @@ def _resize(pixels: np.ndarray, size: tuple[int, int], mode: str, scales: tuple[
         scales: h / H and w / W of a larger picture, of which `size` is the upper left part and `pixels` has what that
             part looks at; None: `pixels` are all of it.
     """
-    image = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    height, width, channels = pixels.shape
+    pixels = np.ascontiguousarray(pixels)
+    # a batch of one: told as channels_last by the first stride, too, or else taken apart and put together by planes
+    strides = (pixels.size, 1, width * channels, channels)
+    image = torch.from_numpy(pixels).as_strided((1, channels, height, width), strides)
     resized = _RESIZE[mode](image, size, False, *(scales or (None, None)))
     return resized[0].permute(1, 2, 0).numpy()
 
@@ -102,7 +106,9 @@ class TurboTrain(_Turbo):
         *steps, _ = self.rest
         # timm draws the box from Python's generator, torchvision from torch's
         timms = isinstance(crop, RandomResizedCropAndInterpolation)
-        self.flips = steps if timms and all(isinstance(step, _FLIPS) for step in steps) else None
+        plain = timms and all(isinstance(step, _FLIPS) for step in steps)
+        # their probabilities in float32, in which they are compared
+        self.flips = {step: float(np.float32(step.p)) for step in steps} if plain else None
         self.generator = torch.Generator()
 
     def __getstate__(self) -> dict:
@@ -141,7 +147,7 @@ class TurboTrain(_Turbo):
         if crop is None:
             return None
         self.generator.manual_seed(words[2])
-        turned = {step: bool(torch.rand(1, generator=self.generator) < step.p) for step in self.flips}
+        turned = {step: torch.rand(1, generator=self.generator).item() < likely for step, likely in self.flips.items()}
         return Unflipped(
             self.whole(crop),
             hflip=any(did and isinstance(step, _FLIPS[0]) for step, did in turned.items()),
