@@ -189,6 +189,35 @@ def test_what_is_kept():
     # a few single numbers are left
     assert 0 <= found["packed"] - (4 * outputs + codes + rest) < 64
     assert 0 <= found["lean"] - (4 * N * stem + codes + rest) < 64
+    # plain kernels: the stem's batch norm and neuron, which run once for all steps, keep both their inputs
+    set_memory(model, "packed")
+    rest = 4 * (N * stem + 2 * 16 + T * N * 128)
+    assert 0 <= kept_bytes(model, x) - (4 * outputs + codes + rest) < 64
+
+
+@pytest.mark.parametrize("freeze", ["evaluation", "of the batch", "norms", "below"])
+def test_batch_norms_that_are_computed_again(freeze):
+    """With statistics that stand still, with none of their own, and with gradients that nobody wants."""
+    torch.manual_seed(0)
+    model = timm.create_model("sew_resnet10_psn", num_classes=5, width=16, T=2).train()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight)
+        nn.init.normal_(norm.bias)
+        norm.running_mean.normal_()
+    if freeze == "evaluation":
+        model.eval()
+    for norm in norms if freeze == "of the batch" else ():
+        norm.track_running_stats, norm.running_mean, norm.running_var = False, None, None
+    frozen = [norm.weight for norm in norms] if freeze == "norms" else [*model.conv1.parameters()]
+    frozen += [*model.layer1.parameters(), *model.layer2[0].conv1.parameters()] if freeze == "below" else []
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    x = torch.randn(2, 3, 64, 64, requires_grad=freeze == "norms")
+    plain, found = (after_backward(model, x, torch.float32, memory) for memory in ("plain", "packed"))
+    assert plain.keys() == found.keys() and found["layer4.0.conv1.weight"].abs().max() > 0
+    for key, value in plain.items():
+        assert (found[key] is None) == (value is None) and (value is None or torch.equal(found[key], value)), key
 
 
 def test_pools_keep_nothing_but_codes_and_have_pytorchs_gradients():
@@ -263,6 +292,16 @@ def test_a_network_stays_one_graph(memory, name):
     for key, parameter in model.named_parameters():
         scale = expected[key].abs().max() + 1e-12
         assert (parameter.grad - expected[key]).abs().max() <= 1e-4 * scale, key
+
+
+def test_a_batch_norm_that_is_looked_at_runs_once():
+    model = timm.create_model("sew_resnet10_psn", num_classes=5, width=16).train()
+    seen = []
+    model.layer1[0].bn2.register_forward_hook(lambda module, args, out: seen.append(out))
+    model(torch.randn(1, 3, 64, 64)).sum().backward()
+    assert len(seen) == 1 and seen[0].requires_grad
+    counts = {int(module.num_batches_tracked) for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
+    assert counts == {1}
 
 
 def test_hooks_see_spikes_and_run_once():

@@ -96,7 +96,7 @@ class Slots:
             self._free.append(slot)
 
     def tensor(self, written: _Written) -> torch.Tensor:
-        """What is written in a slot, uint8 [N, C, H, W] in channels_last; the slot is given back with the last view of it."""
+        """What is written in a slot, uint8 [N, C, H, W] in channels_last; it is given back with the last view of it."""
         array = images_in(self.memory(written.slot), written.shape)
         # torch keeps this very array as long as the storage lives
         weakref.finalize(array, self.give_back, written.slot).atexit = False

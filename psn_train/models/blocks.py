@@ -51,11 +51,11 @@ def layer(
         spikes = run_again(lambda images: _in_turn(images, packed, steps, *modules), images, packed, modules)
         return spikes if add is None else add + spikes
     y_seq = to_sequence(convolution(images, packed), x_seq.shape[:2])
-    again = convolution.again(packed) if lean else None
+    ways = {"again": convolution.again(packed) if lean else None, "norm_again": convolution.keeps_less()}
     if add is None or not neuron._forward_hooks:
-        return neuron(y_seq, norm=norm, add=add, again=again)
+        return neuron(y_seq, norm=norm, add=add, **ways)
     # somebody looks at the spikes
-    return add + neuron(y_seq, norm=norm, again=again)
+    return add + neuron(y_seq, norm=norm, **ways)
 
 
 def _in_turn(images, packed, steps, convolution, norm, neuron) -> Tensor:

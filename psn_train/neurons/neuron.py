@@ -70,6 +70,14 @@ class Neuron(nn.Module):
         """Batch norm and neuron in one: the arguments and result of `forward`."""
         raise NotImplementedError
 
+    def norms_again(self, norm: nn.Module, device: torch.device) -> bool:
+        """Whether that batch norm's output need not be kept there: `parallel_behind_again`."""
+        return False
+
+    def parallel_behind_again(self, norm: nn.Module, y_seq: Tensor) -> Tensor:
+        """Batch norm, and the neuron's spikes behind it; the norm is computed again for the backward pass."""
+        raise NotImplementedError
+
     def forward(
         self,
         x_seq: Tensor,
@@ -77,6 +85,7 @@ class Neuron(nn.Module):
         norm: nn.Module | None = None,
         add: Tensor | None = None,
         again: Again | None = None,
+        norm_again: bool = False,
     ) -> Tensor:
         """x_seq [T, ...] -> spike_seq [T, ...]; in step_mode "s" x [N, ...] -> spikes [N, ...].
 
@@ -88,12 +97,18 @@ class Neuron(nn.Module):
             add: what the spikes are added to, of their shape.
             again: how x_seq can be made again, a function and the tensors that it takes; then it need not be kept for
                 the backward pass where batch norm and neuron are one.
+            norm_again: where they are not, the norm's output is not kept, but computed again, if that is possible.
         """
         if norm is not None and type(norm) is not nn.Identity:
             if self.joins(norm, x_seq.device):
                 self._check(x_seq, "x_seq")
                 self._check_T(x_seq.shape[0] if static_steps is None else static_steps)
                 return self.parallel_behind(norm, x_seq, static_steps, add, again)
+            if norm_again and static_steps is None and self.norms_again(norm, x_seq.device):
+                self._check(x_seq, "x_seq")
+                self._check_T(x_seq.shape[0])
+                spikes = self.parallel_behind_again(norm, x_seq)
+                return spikes if add is None else add + spikes
             if static_steps is not None:
                 x_seq = norm(x_seq)
             else:

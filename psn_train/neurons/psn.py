@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from psn_train.neurons import functional
 from psn_train.neurons.kernels.batch_norm import Again, joins, norm_psn_sequence
+from psn_train.neurons.kernels.norm_again import can_norm_again, psn_behind_norm
 from psn_train.neurons.kernels.sequence import inlines, psn_sequence, psn_static_sequence, psn_step
 from psn_train.neurons.neuron import Neuron, spiking_neurons
 
@@ -64,6 +65,13 @@ class _Parallel(Neuron):
         weight, band = self.weight_and_band(y_seq)
         settings = (weight, self.bias, band, self.surrogate, self.alpha, static_steps, add, again)
         return norm_psn_sequence(y_seq, norm, *settings, backend=self.backend)
+
+    def norms_again(self, norm: nn.Module, device: torch.device) -> bool:
+        return self.step_mode == "m" and not self._streaming and can_norm_again(norm, device, self.backend)
+
+    def parallel_behind_again(self, norm: nn.Module, y_seq: Tensor) -> Tensor:
+        weight, band = self.weight_and_band(y_seq)
+        return psn_behind_norm(y_seq, norm, weight, self.bias, band, self.surrogate, self.alpha)
 
 
 class _FullWeight(_Parallel):
