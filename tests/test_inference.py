@@ -125,6 +125,10 @@ def test_frame_by_frame_equals_the_sequence(neuron, k, compile, quick):
     torch.testing.assert_close(served.step(frames[0, :1]), want[0, :1])
 
 
+def onednn_takes(dtype):
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN lays out nothing")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_stay_laid_out_change_no_bit(dtype):
@@ -141,7 +145,8 @@ def test_weights_that_stay_laid_out_change_no_bit(dtype):
             want = torch.stack([folded.step(frame) for frame in frames]).float()
         assert torch.equal(torch.stack([served.step(frame) for frame in frames]), want)
         assert all(conv._kept[0].shape[0] == batch for conv in convolutions)
-        assert any(conv._kept[1] is not None for conv in convolutions)
+        # oneDNN has no convolutions in bf16 for a CPU without AVX-512
+        assert any(conv._kept[1] is not None for conv in convolutions) == onednn_takes(dtype)
         served.reset()
         folded.reset()
     # other weights

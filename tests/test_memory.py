@@ -120,6 +120,13 @@ def test_modes_and_backends_keep_what_they_say():
         assert found["plain", backend] > found["packed", backend] > 1.5 * found["lean", backend]
     for memory in MEMORY:
         assert found[memory, "reference"] > found[memory, "compiled"]
+    # where batch norms are not computed again, their outputs are counted, but those of lean layers
+    again, lean = (
+        count_update(recipe_of(IMAGES, model={"memory": memory}), 10, 8).saved for memory in ("packed", "lean")
+    )
+    kept = count_update(recipe_of(IMAGES, model={"sync_bn": True}), 10, 8).saved
+    assert kept == count_update(recipe_of(IMAGES), 10, 8, engine="zero3").saved > 1.5 * again
+    assert count_update(recipe_of(IMAGES, model={"sync_bn": True, "memory": "lean"}), 10, 8).saved == lean
     # casts do not grow with the batch
     assert saved("plain", "reference", 16) == pytest.approx(2 * found["plain", "reference"], rel=0.01)
 

@@ -138,10 +138,10 @@ def test_batch_norms_are_found():
 
 def test_a_batch_that_does_not_fit_is_refused_with_one_that_does():
     stated = partial(packaged, "precision.kernels=reference")
-    recipe, cluster = stated("data.max_batch_per_device=null"), Cluster(1, 2, memory_gib=10.0)
+    recipe, cluster = stated("data.max_batch_per_device=null"), Cluster(1, 2, memory_gib=7.0)
     report = make_report(recipe, cluster)
     (problem,) = report.problems
-    assert "a micro-batch of 256 needs an estimated" in problem and "of the 10.0 GiB" in problem
+    assert "a micro-batch of 256 needs an estimated" in problem and "of the 7.0 GiB" in problem
     size, accumulated = report.largest_micro_batch, 256 // report.largest_micro_batch
     assert f"set it to {size}, the largest that fits, which gives {accumulated} micro-batches" in problem
     fitting = make_report(stated(f"data.max_batch_per_device={size}"), cluster)

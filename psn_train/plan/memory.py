@@ -87,10 +87,10 @@ def gpu_memory(update: UpdateMemory, *, engine: str, devices: int, ema: bool, re
     return GpuMemory(update.micro_batch_size, allowance=allowance, **counted)
 
 
-def estimate(recipe: Recipe, num_classes: int, micro_batch_size: int, **layout) -> GpuMemory:
+def estimate(recipe: Recipe, num_classes: int, micro_batch_size: int, *, engine: str, **layout) -> GpuMemory:
     """`gpu_memory` of a recipe at a micro-batch; `layout` goes there."""
-    update = count_update(recipe, num_classes, micro_batch_size, steps=most_steps(recipe))
-    return gpu_memory(update, ema=recipe.ema.decay is not None, **layout)
+    update = count_update(recipe, num_classes, micro_batch_size, steps=most_steps(recipe), engine=engine)
+    return gpu_memory(update, engine=engine, ema=recipe.ema.decay is not None, **layout)
 
 
 def resident_bytes(recipe: Recipe, samples: int) -> float:

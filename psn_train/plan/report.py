@@ -113,7 +113,8 @@ def make_report(recipe: Recipe, cluster: Cluster, question: Question | None = No
         return report
     report.learning_rates = learning_rates(recipe, report.plan)
     try:
-        update = count_update(recipe, found.num_classes, report.plan.micro_batch_size, steps=most_steps(recipe))
+        size, steps = report.plan.micro_batch_size, most_steps(recipe)
+        update = count_update(recipe, found.num_classes, size, steps=steps, engine=cluster.engine)
     except ValueError as error:
         report.problems.append(str(error))
         return report

@@ -142,6 +142,7 @@ def count_update(
     steps: int | None = None,
     gpu: bool = True,
     real: bool = False,
+    engine: str = "ddp",
 ) -> UpdateMemory:
     """Count one update of the recipe.
 
@@ -150,6 +151,7 @@ def count_update(
         steps: time-steps of the recordings; by default `model.T`.
         gpu: as on a GPU, where the optimisers of PyTorch update all parameters in one go, which costs copies.
         real: with real tensors on the CPU, to be compared with; else on tensors without data.
+        engine: "zero3" counts what its hooks keep batch norms from: see `kernels.norm_again`.
 
     Raises:
         ValueError: the network cannot be built, or its optimiser keeps a state that depends on values.
@@ -158,6 +160,11 @@ def count_update(
 
     with contextlib.nullcontext() if real else torch.device("meta"):
         model = build_model(recipe, num_classes)
+    if recipe.model.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if engine == "zero3":
+        for module in model.modules():
+            module.register_forward_pre_hook(lambda module, arguments: None)
     # the check reads values
     set_nan_check(model, "never")
     if recipe.precision.channels_last:

@@ -19,7 +19,11 @@ from psn_train.neurons.layout import from_rows, to_images, to_rows, to_sequence
 
 
 def can_norm_again(norm: nn.Module, device: torch.device, backend: str | None = None) -> bool:
-    """Not where somebody looks at what is between, nor in a graph whose compiler decides what is kept."""
+    """Not where somebody looks at what is between, nor in a graph whose compiler decides what is kept.
+
+    Nor of one over several processes, which would talk to each other a second time; nor under ZeRO-3, whose hooks have
+    the weights there for the modules' own passes alone.
+    """
     if torch.compiler.is_compiling() or wants_the_law() or backends.choose(device, backend) != "reference":
         return False
     plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d) and norm.affine
