@@ -151,7 +151,8 @@ def count_update(
         steps: time-steps of the recordings; by default `model.T`.
         gpu: as on a GPU, where the optimisers of PyTorch update all parameters in one go, which costs copies.
         real: with real tensors on the CPU, to be compared with; else on tensors without data.
-        engine: "zero3" counts what its hooks keep batch norms from: see `kernels.norm_again`.
+        engine: under "zero3", as under `model.sync_bn`, plain kernels keep the outputs of batch norms: see
+            `kernels.norm_again`.
 
     Raises:
         ValueError: the network cannot be built, or its optimiser keeps a state that depends on values.
